@@ -1,0 +1,272 @@
+// One row of logits: how it is read, its softmax, sums over a block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/args.h"
+
+namespace memdec::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 32;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+template <typename T>
+__device__ inline T* row_of(const RowsView& view, int64_t row) {
+  return static_cast<T*>(view.data) + (row / view.inner_rows) * view.outer_stride +
+         (row % view.inner_rows) * view.inner_stride;
+}
+
+template <typename T>
+__device__ inline bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(uint4) == 0;
+}
+
+// Elements moved at once: 8, which is one 16-byte access for 2-byte types and two for float32.
+constexpr int kGroup = 8;
+
+struct Group {
+  float x[kGroup];
+
+  // `p` must be aligned to the group's size, at most 16 bytes.
+  template <typename T>
+  __device__ void load(const T* p) {
+    constexpr int kWords = sizeof(T) * kGroup / sizeof(uint4);
+    uint4 words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+    const T* values = reinterpret_cast<const T*>(words);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) x[i] = to_float(values[i]);
+  }
+
+  template <typename T>
+  __device__ void load_unaligned(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) x[i] = to_float(p[i]);
+  }
+
+  template <typename T>
+  __device__ void store(T* p) const {
+    constexpr int kWords = sizeof(T) * kGroup / sizeof(uint4);
+    uint4 words[kWords];
+    T* values = reinterpret_cast<T*>(words);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values[i] = from_float<T>(x[i]);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+  }
+
+  template <typename T>
+  __device__ void store_unaligned(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) p[i] = from_float<T>(x[i]);
+  }
+};
+
+// A row whose dtype is known at run time only, for the side that would double the kernels.
+struct AnyRow {
+  void* data;
+  DType dtype;
+
+  __device__ AnyRow(const RowsView& view, int64_t row) : dtype(view.dtype) {
+    const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t offset =
+        (row / view.inner_rows) * view.outer_stride + (row % view.inner_rows) * view.inner_stride;
+    data = static_cast<char*>(view.data) + offset * bytes;
+  }
+
+  template <typename F>
+  __device__ void visit(F&& f) const {
+    if (dtype == DType::kFloat32) return f(static_cast<float*>(data));
+    if (dtype == DType::kFloat16) return f(static_cast<__half*>(data));
+    f(static_cast<__nv_bfloat16*>(data));
+  }
+
+  __device__ float operator[](int i) const {
+    float x;
+    visit([&](auto* p) { x = to_float(p[i]); });
+    return x;
+  }
+
+  __device__ void store(const Group& group, int start) const {
+    visit([&](auto* p) {
+      if (is_aligned(p + start)) {
+        group.store(p + start);
+      } else {
+        group.store_unaligned(p + start);
+      }
+    });
+  }
+
+  __device__ void set(int i, float x) const {
+    visit([&](auto* p) { p[i] = from_float<std::remove_pointer_t<decltype(p)>>(x); });
+  }
+};
+
+// Elements before the first 16-byte boundary at or after p, at most n.
+template <typename T>
+__device__ inline int elements_to_alignment(const T* p, int n) {
+  const int head = static_cast<int>((-reinterpret_cast<uintptr_t>(p)) % sizeof(uint4) / sizeof(T));
+  return head < n ? head : n;
+}
+
+// Splits [0, n) over the block: `group(start)` for whole groups counted from `head`, `single(i)`
+// for what is left on both sides.
+template <typename GroupBody, typename SingleBody>
+__device__ inline void for_each_group(int n, int head, GroupBody&& group, SingleBody&& single) {
+  const int groups = (n - head) / kGroup;
+  for (int i = threadIdx.x; i < head; i += blockDim.x) single(i);
+#pragma unroll 4
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) group(head + g * kGroup);
+  for (int i = head + groups * kGroup + threadIdx.x; i < n; i += blockDim.x) single(i);
+}
+
+// Sum of exponentials in progress: `tail` leaves out the terms equal to the maximum, which `ties`
+// counts. In float32 those terms, each 1, would swallow the tail. NaN ends in `tail`.
+struct SoftmaxSum {
+  float max = -INFINITY;
+  float tail = 0.f;
+  float ties = 0.f;
+
+  __device__ void raise(float new_max, float scale) {
+    if (new_max > max) {
+      tail = (tail + ties) * exp2f((max - new_max) * scale);
+      ties = 0.f;
+      max = new_max;
+    }
+  }
+
+  // `scale` is log2(e) / temperature.
+  __device__ void add(float x, float scale) {
+    raise(x, scale);
+    add_below(x, scale);
+  }
+
+  // x is at most max, or NaN.
+  __device__ void add_below(float x, float scale) {
+    const bool tie = x == max;
+    const float term = exp2f((x - max) * scale);
+    tail += tie ? 0.f : term;
+    ties += tie ? 1.f : 0.f;
+  }
+
+  __device__ void add(const Group& group, float scale) {
+    float top = group.x[0];
+#pragma unroll
+    for (int i = 1; i < kGroup; ++i) top = fmaxf(top, group.x[i]);
+    raise(top, scale);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) add_below(group.x[i], scale);
+  }
+
+  __device__ void merge(const SoftmaxSum& other, float scale) {
+    SoftmaxSum low = other;
+    low.raise(max, scale);
+    raise(low.max, scale);
+    tail += low.tail;
+    ties += low.ties;
+  }
+
+  __device__ void put(float (&parts)[3]) const {
+    parts[0] = max;
+    parts[1] = tail;
+    parts[2] = ties;
+  }
+
+  __device__ static SoftmaxSum get(const float* parts) { return {parts[0], parts[1], parts[2]}; }
+
+  __device__ RowStats stats() const {
+    const float log_norm = isfinite(max) ? log1pf(tail + (ties - 1.f)) : NAN;
+    return {max, log_norm};
+  }
+};
+
+// Adds a value of every thread in a fixed order; every thread gets the sum. `shared` holds one
+// value a warp and may be used again after the call.
+template <typename T>
+__device__ inline T block_sum(T value, T* shared) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  }
+  const int warps = blockDim.x / kWarpSize;
+  __syncthreads();  // an earlier sum may still be read from `shared`
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+  __syncthreads();  // every warp's sum is written before any is read
+  T sum = 0;
+  for (int i = 0; i < warps; ++i) sum += shared[i];
+  return sum;
+}
+
+// The statistics of the first n logits of a row, in every thread of the block.
+template <typename T>
+__device__ inline RowStats row_stats(const T* row, int n, float inv_temperature) {
+  __shared__ float shared_max[kMaxWarps], shared_tail[kMaxWarps], shared_ties[kMaxWarps];
+  const float scale = inv_temperature * kLog2E;
+  SoftmaxSum sum;
+  for_each_group(
+      n, elements_to_alignment(row, n),
+      [&](int start) {
+        Group group;
+        group.load(row + start);
+        sum.add(group, scale);
+      },
+      [&](int i) { sum.add(to_float(row[i]), scale); });
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    SoftmaxSum other;
+    other.max = __shfl_xor_sync(0xffffffffu, sum.max, offset);
+    other.tail = __shfl_xor_sync(0xffffffffu, sum.tail, offset);
+    other.ties = __shfl_xor_sync(0xffffffffu, sum.ties, offset);
+    sum.merge(other, scale);
+  }
+  __syncthreads();  // the partials of an earlier row may still be read
+  if (threadIdx.x % kWarpSize == 0) {
+    const int warp = threadIdx.x / kWarpSize;
+    shared_max[warp] = sum.max;
+    shared_tail[warp] = sum.tail;
+    shared_ties[warp] = sum.ties;
+  }
+  __syncthreads();  // every warp's partial is written before any is read
+  SoftmaxSum total;
+  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarpSize; ++i) {
+    total.merge({shared_max[i], shared_tail[i], shared_ties[i]}, scale);
+  }
+  return total.stats();
+}
+
+__device__ inline float log_softmax(float x, RowStats stats, float inv_temperature) {
+  return (x - stats.max) * inv_temperature - stats.log_norm;
+}
+
+// Columns that count in a row of the given width.
+__host__ __device__ inline int real_columns(int64_t width, int64_t vocab) {
+  return static_cast<int>(width < vocab ? width : vocab);
+}
+
+}  // namespace memdec::cuda
