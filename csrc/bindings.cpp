@@ -131,6 +131,15 @@ void token_log_probs_backward(int device, Address queue, int64_t rows, const Row
   MEMDEC_RUN(token_log_probs_backward);
 }
 
+void sparse_kl_rescale(int device, Address queue, int64_t rows, const Rows& grad_logits,
+                       Address grad_loss) {
+  SparseKLRescaleArgs args;
+  args.rows = rows;
+  args.grad_logits = view(grad_logits);
+  args.grad_loss = pointer<const float>(grad_loss);
+  MEMDEC_RUN(sparse_kl_rescale);
+}
+
 SparseRows sparse_rows(Address indptr, Address token_ids, Address probs, int64_t slots) {
   return {pointer<const int64_t>(indptr), pointer<const int32_t>(token_ids),
           pointer<const float>(probs), slots};
@@ -140,7 +149,7 @@ void sparse_kl(int device, Address queue, int64_t rows, const Rows& logits, int6
                Address indptr, Address token_ids, Address probs, int64_t slots, Address labels,
                float alpha, int64_t ignore_index, int reduction, Address normalizer,
                Address row_loss, Address row_kl, Address row_ce, Address stats, Address loss,
-               Address kl, Address ce, Address scale) {
+               Address kl, Address ce, Address scale, const std::optional<Rows>& grad_logits) {
   SparseKLArgs args;
   args.rows = rows;
   args.logits = view(logits);
@@ -159,6 +168,7 @@ void sparse_kl(int device, Address queue, int64_t rows, const Rows& logits, int6
   args.kl = pointer<float>(kl);
   args.ce = pointer<float>(ce);
   args.scale = pointer<float>(scale);
+  args.grad_logits = view(grad_logits);
   MEMDEC_RUN(sparse_kl);
 }
 

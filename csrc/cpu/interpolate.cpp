@@ -15,7 +15,8 @@ struct Model {
   float log_norm = 0.f;
 };
 
-inline Model make_model(bool used, const RowStats& stats, float inv_temperature, double log_weight) {
+inline Model make_model(bool used, const RowStats& stats, float inv_temperature,
+                        double log_weight) {
   if (!used) return {};
   const double offset = log_weight - static_cast<double>(stats.log_norm);
   return {used, stats.max, inv_temperature, static_cast<float>(offset), stats.log_norm};
@@ -77,13 +78,15 @@ struct Forward {
     const int64_t base_end = smaller(end, args.vocab);
     if (state.base.used && begin < base_end) {
       const float* x = read_chunk(args.base, state.row, begin, base_end, args.vocab, buffer);
-      partial.base = measure_exp_sum(x, base_end - begin, begin, 1.f);
+      partial.base = measure_exp_sum(x, base_end - begin, begin, 1.f,
+                                     upcoming(args.base, state.row, begin + kChunk));
     }
     const int64_t memory_end = smaller(end, memory_limit(args));
     if (state.memory.used && begin < memory_end) {
       const float* x =
           read_chunk(args.memory, state.row, begin, memory_end, args.memory.cols, buffer);
-      partial.memory = measure_exp_sum(x, memory_end - begin, begin, args.inv_temperature);
+      partial.memory = measure_exp_sum(x, memory_end - begin, begin, args.inv_temperature,
+                                       upcoming(args.memory, state.row, begin + kChunk));
     }
     return partial;
   }
@@ -131,14 +134,31 @@ struct Forward {
     fill_chunk(args.out, state.row, stop, end, -kInfinity);
   }
 
-  static void mix(const Row& state, const float* base, const float* memory, int64_t n, float* out) {
-    for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-      const Vec b = weighted_log_prob(state.base, load(base + i, lanes));
-      const Vec m = weighted_log_prob(state.memory, load(memory + i, lanes));
-      const Vec high = vec_max(b, m);
+  template <int kVectors>
+  static MEMDEC_INLINE void mix_vectors(const Row& state, const float* base, const float* memory,
+                                        int lanes, float* out) {
+    Vec high[kVectors], gap[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec b = weighted_log_prob(state.base, load(base + j * kLanes, lanes));
+      const Vec m = weighted_log_prob(state.memory, load(memory + j * kLanes, lanes));
+      high[j] = vec_max(b, m);
       // -inf twice: the gap is -inf, not NaN, and the result -inf.
-      const Vec gap = vec_min(b, m) - vec_max(high, splat(-kLargest));
-      store(out + i, high + vec_log1p_unit(vec_exp(gap)), lanes);
+      gap[j] = vec_min(b, m) - vec_max(splat(-kLargest), high[j]);
+    }
+    for (int j = 0; j < kVectors; ++j) gap[j] = vec_exp(gap[j]);
+    for (int j = 0; j < kVectors; ++j) {
+      store(out + j * kLanes, high[j] + vec_log1p_unit(gap[j]), lanes);
+    }
+  }
+
+  static void mix(const Row& state, const float* base, const float* memory, int64_t n, float* out) {
+    // Two vectors side by side, since one is a long chain of operations that wait for each other.
+    int64_t done = 0;
+    for (; done + 2 * kLanes <= n; done += 2 * kLanes) {
+      mix_vectors<2>(state, base + done, memory + done, kLanes, out + done);
+    }
+    for_each_vector(n - done, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+      mix_vectors<1>(state, base + done + i, memory + done + i, lanes, out + done + i);
     });
   }
 
@@ -206,13 +226,16 @@ struct Backward {
 
   bool at_end(const Row& state) const { return state.lmbda == 0.f || state.lmbda == 1.f; }
 
-  RowStats measure_row(const RowsView& view, int64_t row, int64_t limit, float inv_temperature) const {
+  RowStats measure_row(const RowsView& view, int64_t row, int64_t limit,
+                       float inv_temperature) const {
     ExpSum sum;
     ChunkBuffer buffer;
     for (int64_t begin = 0; begin < limit; begin += kChunk) {
       const int64_t end = smaller(limit, begin + kChunk);
       const float* x = read_chunk(view, row, begin, end, limit, buffer);
-      fold_exp_sum(sum, measure_exp_sum(x, end - begin, begin, inv_temperature), inv_temperature);
+      const ExpSum next = measure_exp_sum(x, end - begin, begin, inv_temperature,
+                                          upcoming(view, row, begin + kChunk));
+      fold_exp_sum(sum, next, inv_temperature);
     }
     return row_stats(sum);
   }
@@ -257,18 +280,19 @@ struct Backward {
   };
 
   struct Shares {
-    Vec base, memory;   // r and w
-    Vec x, y, grad;  // logits and grad_out, 0 where the mixture has no mass
+    Vec base, memory;  // r and w
+    Vec x, y, grad;    // logits and grad_out, 0 where the mixture has no mass
   };
 
-  static MEMDEC_INLINE Shares shares(const Row& state, const Columns& columns, int64_t i, int lanes) {
+  static MEMDEC_INLINE Shares shares(const Row& state, const Columns& columns, int64_t i,
+                                     int lanes) {
     Shares result;
     result.x = load(columns.base + i, lanes, -kInfinity);
     result.y = load(columns.memory + i, lanes, -kInfinity);
     const Vec b = weighted_log_prob(state.base, result.x);
     const Vec m = weighted_log_prob(state.memory, result.y);
     const Vec high = vec_max(b, m);
-    const Vec ratio = vec_exp(vec_min(b, m) - vec_max(high, splat(-kLargest)));
+    const Vec ratio = vec_exp(vec_min(b, m) - vec_max(splat(-kLargest), high));
     const IntVec alive = high > -kInfinity;
     const Vec large = where(alive, 1.f / (1.f + ratio));
     const Vec small = ratio * large;
@@ -287,20 +311,20 @@ struct Backward {
       for (int64_t block = 0; block < end - begin; block += kBlock) {
         Vec base_rest = {}, base_top = {}, memory_rest = {}, memory_top = {};
         IntVec has_base_max = {}, has_memory_max = {};
-        for_each_vector(
-            smaller(kBlock, end - begin - block), [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-              const Shares s = shares(state, columns, block + i, lanes);
-              const Vec base_term = s.base * s.grad;
-              const Vec memory_term = s.memory * s.grad;
-              const IntVec base_max = s.x == state.base.max;
-              const IntVec memory_max = s.y == state.memory.max;
-              base_rest += where(~base_max, base_term);
-              base_top += where(base_max, base_term);
-              memory_rest += where(~memory_max, memory_term);
-              memory_top += where(memory_max, memory_term);
-              has_base_max |= base_max;
-              has_memory_max |= memory_max;
-            });
+        for_each_vector(smaller(kBlock, end - begin - block),
+                        [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+                          const Shares s = shares(state, columns, block + i, lanes);
+                          const Vec base_term = s.base * s.grad;
+                          const Vec memory_term = s.memory * s.grad;
+                          const IntVec base_max = s.x == state.base.max;
+                          const IntVec memory_max = s.y == state.memory.max;
+                          base_rest += where(~base_max, base_term);
+                          base_top += where(base_max, base_term);
+                          memory_rest += where(~memory_max, memory_term);
+                          memory_top += where(memory_max, memory_term);
+                          has_base_max |= base_max;
+                          has_memory_max |= memory_max;
+                        });
         partial.base.rest += horizontal_sum(base_rest);
         partial.base.top += horizontal_sum(base_top);
         partial.memory.rest += horizontal_sum(memory_rest);
@@ -358,9 +382,9 @@ struct Backward {
   void write(const Row& state, int64_t begin, int64_t end) const {
     const int64_t base_stop = write_special(args.grad_base, state.row, begin, end, args.vocab,
                                             state.base.used, state.base_valid);
-    const int64_t memory_stop = write_special(args.grad_memory, state.row, begin, end,
-                                              memory_limit(args), state.memory.used,
-                                              state.memory_valid);
+    const int64_t memory_stop =
+        write_special(args.grad_memory, state.row, begin, end, memory_limit(args),
+                      state.memory.used, state.memory_valid);
     const int64_t stop = larger(base_stop, memory_stop);
     if (stop <= begin) return;
 
@@ -379,8 +403,8 @@ struct Backward {
       return s.base * s.grad - b * base_total;
     };
     const auto memory_gradient = [&](const Shares& s) MEMDEC_VECTOR_BODY {
-      const Vec m = vec_exp((s.y - state.memory.max) * state.memory.inv_temperature -
-                            state.memory.log_norm);
+      const Vec m =
+          vec_exp((s.y - state.memory.max) * state.memory.inv_temperature - state.memory.log_norm);
       return (s.memory * s.grad - m * memory_total) * state.memory.inv_temperature;
     };
     const int64_t both = smaller(base_stop, memory_stop) - begin;

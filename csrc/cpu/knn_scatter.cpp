@@ -86,11 +86,11 @@ struct Entry {
 
 // What one thread needs for a row.
 struct Workspace {
-  float* weights;   // [k] distances, then weights: exp(-(distance - nearest) / temperature) * kOne
-  int32_t* ids;     // [k]
-  Entry* entries;   // [k]
-  Key* keys;        // [2 * k]
-  int32_t* table;   // [1 << table_bits], 1 + an entry's number, 0 for none
+  float* weights;  // [k] distances, then weights: exp(-(distance - nearest) / temperature) * kOne
+  int32_t* ids;    // [k]
+  Entry* entries;  // [k]
+  Key* keys;       // [2 * k]
+  int32_t* table;  // [1 << table_bits], 1 + an entry's number, 0 for none
   int table_bits;
 };
 
@@ -99,6 +99,7 @@ struct Scatter {
 
   // Distances to float32 and tokens to int32. A neighbour that is none gets token -1.
   void read_neighbours(int64_t row, const Workspace& work) const {
+    if (args.k == 0) return;
     const char* distances = static_cast<const char*>(args.distances) +
                             row * args.distance_stride * element_size(args.distance_dtype);
     if (args.distance_dtype == DType::kFloat32) {
@@ -124,8 +125,8 @@ struct Scatter {
   }
 
   // The nearest neighbour's weight. Float32 has subnormal probabilities down to e^-104, the sum of
-  // many equal tokens may be one of smaller terms, and vec_exp gives 0 below e^-87: with this factor
-  // weights down to e^-130 are ordinary numbers.
+  // many equal tokens may be one of smaller terms, and vec_exp gives 0 below e^-87: with this
+  // factor weights down to e^-130 are ordinary numbers.
   static constexpr float kOne = 0x1p80f;
 
   // Distances to weights; 0 for what is no neighbour.
@@ -182,9 +183,10 @@ struct Scatter {
     weigh(work);
     double total;
     const int64_t entries = merge(work, total);
+    const double inverse_total = 1. / total;
     int64_t count = 0;
     for (int64_t i = 0; i < entries; ++i) {
-      const float prob = static_cast<float>(work.entries[i].mass / total);
+      const float prob = static_cast<float>(work.entries[i].mass * inverse_total);
       if (prob > 0.f) work.keys[count++] = make_key(prob, work.entries[i].id);
     }
     Key* const scratch = work.keys + args.k;
@@ -220,6 +222,7 @@ struct Scatter {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t count = args.scratch_counts[row];
+      if (count == 0) continue;
       const int64_t to = args.indptr[row];
       const int64_t from = row * args.row_slots;
       __builtin_memcpy(args.token_ids + to, args.scratch_ids + from, count * sizeof(int32_t));
@@ -260,8 +263,10 @@ Status knn_scatter(const KnnScatterArgs& args, int threads) {
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t first = thread_number() * args.k;
-    const Workspace work = {weights.data() + first,  ids.data() + first,
-                            entries.data() + first,  keys.data() + 2 * first,
+    const Workspace work = {weights.data() + first,
+                            ids.data() + first,
+                            entries.data() + first,
+                            keys.data() + 2 * first,
                             table.data() + (static_cast<int64_t>(thread_number()) << table_bits),
                             table_bits};
     scatter.run_row(row, work);

@@ -18,10 +18,12 @@ struct ExpSum {
 };
 
 template <bool kHasMax>
-inline void add_block(const float* x, int64_t n, float max, float inv_temperature, ExpSum& sum) {
+inline void add_block(const float* x, int64_t n, float max, float inv_temperature,
+                      const Upcoming& next, int64_t next_column, ExpSum& sum) {
   Vec tail = {};
   IntVec max_lanes = {};
   for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+    next.prefetch(next_column + i);
     const Vec value = load(x + i, lanes, -kInfinity);
     const Vec term = vec_exp((value - max) * inv_temperature);
     if constexpr (kHasMax) {
@@ -38,8 +40,10 @@ inline void add_block(const float* x, int64_t n, float max, float inv_temperatur
   }
 }
 
-// n <= kChunk columns; `begin` is the first one's number.
-inline ExpSum measure_exp_sum(const float* x, int64_t n, int64_t begin, float inv_temperature) {
+// n <= kChunk columns; `begin` is the first one's number and `next` what will be read after them:
+// finding the maximum waits for memory, the sum does not and can fetch ahead.
+inline ExpSum measure_exp_sum(const float* x, int64_t n, int64_t begin, float inv_temperature,
+                              const Upcoming& next) {
   ExpSum sum;
   sum.max_chunk = begin;
   float block_max[kChunk / kBlock];
@@ -60,13 +64,10 @@ inline ExpSum measure_exp_sum(const float* x, int64_t n, int64_t begin, float in
     block_max[block] = horizontal_max(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
     sum.max = larger(sum.max, block_max[block]);
   }
-  for (int64_t block = 0; block * kBlock < n; ++block) {
-    const int64_t count = smaller(kBlock, n - block * kBlock);
-    if (block_max[block] == sum.max) {
-      add_block<true>(x + block * kBlock, count, sum.max, inv_temperature, sum);
-    } else {
-      add_block<false>(x + block * kBlock, count, sum.max, inv_temperature, sum);
-    }
+  for (int64_t from = 0; from < n; from += kBlock) {
+    const int64_t count = smaller(kBlock, n - from);
+    const auto add = block_max[from / kBlock] == sum.max ? add_block<true> : add_block<false>;
+    add(x + from, count, sum.max, inv_temperature, next, from, sum);
   }
   return sum;
 }

@@ -8,8 +8,8 @@
 
 namespace memdec::cpu::MEMDEC_SIMD_LEVEL {
 
-// Columns handled at a time: the unit of work that threads share, and of float32 partial sums. A few
-// chunks of float32 fit into the first two levels of cache.
+// Columns handled at a time: the unit of work that threads share, and of float32 partial sums. A
+// few chunks of float32 fit into the first two levels of cache.
 constexpr int64_t kChunk = 4096;
 
 // Room for one chunk in float32.
@@ -70,6 +70,22 @@ inline const float* read_chunk(const RowsView& view, int64_t row, int64_t begin,
   }
   for (int64_t i = present; i < end - begin; ++i) buffer.values[i] = -kInfinity;
   return buffer.values;
+}
+
+// The memory of a row from `begin` on, to be fetched into the cache while something else is
+// computed. It may lie beyond the row: it is never read.
+struct Upcoming {
+  const char* data;
+  int64_t column_bytes;
+
+  MEMDEC_INLINE void prefetch(int64_t column) const {
+    __builtin_prefetch(data + column * column_bytes);
+  }
+};
+
+inline Upcoming upcoming(const RowsView& view, int64_t row, int64_t begin) {
+  const int64_t size = element_size(view.dtype);
+  return {row_address(view, row) + begin * size, size};
 }
 
 // Where to put float32 results of columns from `begin` on, before write_chunk: the row itself if

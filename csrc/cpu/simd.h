@@ -120,8 +120,8 @@ MEMDEC_INLINE Vec vec_exp(Vec x) {
   const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   const Vec r2 = r * r;
   // Minimax of (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of e^r 3e-9.
-  const Vec tail =
-      (0.49999994f + r * 0.16666521f) + r2 * ((0.04166839f + r * 0.008368717f) + r2 * 0.0013814599f);
+  const Vec tail = (0.49999994f + r * 0.16666521f) +
+                   r2 * ((0.04166839f + r * 0.008368717f) + r2 * 0.0013814599f);
   const Vec mantissa = 1.f + (r + r2 * tail);
   // A product, not an addition to the exponent's bits, so that NaN stays NaN.
   const Vec power = bits<Vec>((bits<IntVec>(shifted) + 127) << 23);
@@ -159,8 +159,7 @@ MEMDEC_INLINE Vec from_float16(HalfVec x) {
   return bits<Vec>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(x)));
 }
 MEMDEC_INLINE HalfVec to_float16(Vec x) {
-  return bits<HalfVec>(
-      _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  return bits<HalfVec>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
 MEMDEC_INLINE Vec from_float16(HalfVec x) { return bits<Vec>(_mm256_cvtph_ps(bits<__m128i>(x))); }

@@ -13,7 +13,7 @@ inline ExpSum measure_logits(const RowsView& logits, int64_t vocab, int64_t row,
   if (begin >= end) return {};
   ChunkBuffer buffer;
   const float* x = read_chunk(logits, row, begin, end, logits.cols, buffer);
-  return measure_exp_sum(x, end - begin, begin, 1.f);
+  return measure_exp_sum(x, end - begin, begin, 1.f, upcoming(logits, row, begin + kChunk));
 }
 
 // factor * softmax in the columns below vocab and 0 above; or one value in the whole row.

@@ -12,9 +12,7 @@ struct Entries {
 
 // Never outside the arrays, whatever indptr holds; a decreasing pair is an empty row.
 inline Entries row_entries(const SparseRows& targets, int64_t row) {
-  const auto clamp = [&](int64_t slot) {
-    return larger<int64_t>(0, smaller(slot, targets.slots));
-  };
+  const auto clamp = [&](int64_t slot) { return larger<int64_t>(0, smaller(slot, targets.slots)); };
   const int64_t begin = clamp(targets.indptr[row]);
   return {begin, larger(begin, clamp(targets.indptr[row + 1]))};
 }
@@ -129,7 +127,8 @@ double loss_scale(const SparseKLArgs& args) {
                                           : static_cast<double>(counted));
 }
 
-// The values of the rows, and where grad_logits is given the gradient while the row is in the cache.
+// The values of the rows, and where grad_logits is given the gradient while the row is in the
+// cache.
 struct Forward {
   const SparseKLArgs& args;
   double scale;
@@ -175,7 +174,11 @@ struct Forward {
     args.row_loss[row] = static_cast<float>(loss);
     args.row_kl[row] = static_cast<float>(kl);
     args.row_ce[row] = static_cast<float>(ce);
-    if (sparse != nullptr) state.gradient = begin_gradient(args, row, stats, scale, sparse);
+    if (sparse != nullptr) {
+      // Rounded as backward gets it, so that both make the same gradient.
+      const double upstream = static_cast<float>(scale);
+      state.gradient = begin_gradient(args, row, stats, upstream, sparse);
+    }
   }
 
   double divergence(int64_t row, const RowStats& stats) const {

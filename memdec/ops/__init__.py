@@ -1,0 +1,20 @@
+"""The ops of memdec, for anybody's PyTorch code; importing them needs torch alone.
+
+`fused_interpolate` mixes two models' distributions, `token_log_probs` scores tokens,
+`knn_scatter` makes `SparseTargets` from neighbours, `sparse_kl_loss` trains on them.
+"""
+
+from memdec.ops.interpolate import fused_interpolate
+from memdec.ops.knn_scatter import knn_scatter
+from memdec.ops.sparse_kl import SparseKLOutput, sparse_kl_loss
+from memdec.ops.sparse_targets import SparseTargets
+from memdec.ops.token_log_probs import token_log_probs
+
+__all__ = [
+    "SparseKLOutput",
+    "SparseTargets",
+    "fused_interpolate",
+    "knn_scatter",
+    "sparse_kl_loss",
+    "token_log_probs",
+]

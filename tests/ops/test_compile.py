@@ -1,0 +1,28 @@
+"""All ops in one graph of the default compiler, as a training step and a decoding step use them."""
+
+import torch
+from torch import Tensor
+
+from memdec.ops import fused_interpolate, knn_scatter, sparse_kl_loss, token_log_probs
+
+
+def step(hidden: Tensor, distances: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+    targets = knn_scatter(distances, tokens, temperature=0.5)
+    loss = sparse_kl_loss(2 * hidden, targets, labels, alpha=0.4).loss
+    mixed = fused_interpolate(hidden, 3 * hidden, torch.sigmoid(hidden[:, 0]))
+    return loss - token_log_probs(hidden, labels).mean() + mixed[:, 3].mean()
+
+
+def test_one_graph_of_the_default_compiler(device: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        generator = torch.Generator().manual_seed(rows)
+        hidden = torch.randn(rows, 33, generator=generator).to(device).requires_grad_()
+        distances = torch.rand(rows, 6, generator=generator).to(device)
+        tokens = torch.randint(-1, 33, (rows, 6), generator=generator).to(device)
+        labels = torch.randint(0, 33, (rows,), generator=generator).to(device)
+        ours, wanted = (f(hidden, distances, tokens, labels) for f in (compiled, step))
+        torch.testing.assert_close(ours, wanted)
+        (a,), (b,) = (torch.autograd.grad(value, hidden) for value in (ours, wanted))
+        torch.testing.assert_close(a, b)
