@@ -1,0 +1,81 @@
+"""sparse_kl_loss, forward and backward, against a dense target and against gathered targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memdec import ops
+
+ENTRIES = 64
+SHAPES = {"cuda": [(8192, 50257), (4096, 151936)], "cpu": [(512, 50257)]}
+ALPHA = 0.5
+
+
+def sparse_eager(logits, ids, probs, labels, dtype=torch.float32):
+    """What plain PyTorch does best: log-softmax, gather at the targets."""
+    log_q = torch.log_softmax(logits.to(dtype), -1)
+    kl = (probs * (probs.log() - log_q.gather(-1, ids))).sum(-1).mean()
+    ce = torch.nn.functional.nll_loss(log_q, labels)
+    return ALPHA * kl + (1 - ALPHA) * ce
+
+
+def dense_eager(logits, dense, labels):
+    """The official code: a dense target, F.kl_div and F.cross_entropy."""
+    log_q = torch.log_softmax(logits.float(), -1)
+    kl = torch.nn.functional.kl_div(log_q, dense, reduction="batchmean")
+    ce = torch.nn.functional.cross_entropy(logits.float(), labels)
+    return ALPHA * kl + (1 - ALPHA) * ce
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("target", ["dense", "sparse"])
+def test_sparse_kl(contest, device, shape, dtype, target, contender):
+    if target == "dense" and contender != "eager":
+        pytest.skip("the dense target is what eager code does")
+    if dtype == torch.float32 and device == "cuda" and shape[1] > 100_000:
+        pytest.skip("bfloat16 is what training uses at this size")
+    rows, vocab = shape
+    logits = torch.randn(shape, device=device).mul_(3).to(dtype).requires_grad_()
+    ids = torch.rand(rows, vocab // 4, device=device).topk(ENTRIES).indices * 4
+    probs = torch.softmax(torch.randn(rows, ENTRIES, device=device), -1)
+    labels = torch.randint(vocab, (rows,), device=device)
+    indptr = torch.arange(rows + 1, device=device) * ENTRIES
+    targets = ops.SparseTargets(indptr, ids.flatten().int(), probs.flatten())
+    dense = targets.to_dense(vocab) if target == "dense" else None
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        if dense is not None:
+            return dense_eager(x, dense, labels)
+        return functions[contender](x)
+
+    functions = {
+        "eager": lambda x: sparse_eager(x, ids, probs, labels),
+        "memdec": lambda x: ops.sparse_kl_loss(x, targets, labels, alpha=ALPHA).loss,
+    }
+    if contender == "compiled":
+        compiled = torch.compile(sparse_eager, dynamic=False)
+        functions["compiled"] = lambda x: compiled(x, ids, probs, labels)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = loss_of(logits)
+        (grad,) = torch.autograd.grad(loss, logits)
+        return loss, grad
+
+    def check(result: tuple[torch.Tensor, torch.Tensor]) -> None:
+        few = slice(0, 8)
+        sample = logits.detach()[few].double().requires_grad_()
+        truth = sparse_eager(sample, ids[few], probs[few].double(), labels[few], torch.float64)
+        (grad,) = torch.autograd.grad(truth, sample)
+        scale = grad.abs().max() * 8 / rows
+        error = (result[1][few].double() - grad * 8 / rows).abs().max() / scale
+        assert error < (0.01 if dtype == torch.bfloat16 else 1e-5), error
+
+    contest.run(
+        op="sparse_kl_loss, forward and backward",
+        case=f"{str(dtype)[6:]}, {rows} x {vocab:,}, {ENTRIES} entries a row",
+        contender="dense eager" if dense is not None else contender,
+        run=run,
+        check=check,
+        floor_bytes=2 * logits.numel() * logits.element_size(),
+    )

@@ -1,0 +1,178 @@
+"""What every benchmark here shares: device, contenders, one way to time, what is recorded.
+
+    pytest benchmarks/ --benchmark-only                      # CUDA if there is one, else the CPU
+    pytest benchmarks/ --benchmark-only --benchmark-json=now.json
+    python benchmarks/table.py now.json
+
+Every contender of a shape is timed in one run, over buffers that the last-level cache has
+forgotten, and only after its result was compared with the reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import memdec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("memdec")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption(
+        "--compiled", action="store_true", help="time torch.compile on the CPU too (slow to start)"
+    )
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    return pytestconfig.getoption("--device")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`contender` runs over eager, compiled and memdec; `shape` over the module's for the device."""
+    device = metafunc.config.getoption("--device")
+    if "contender" in metafunc.fixturenames:
+        compiled = device == "cuda" or metafunc.config.getoption("--compiled")
+        names = ["eager", *(["compiled"] if compiled else []), "memdec"]
+        metafunc.parametrize("contender", names)
+    if "shape" in metafunc.fixturenames:
+        shapes = metafunc.module.SHAPES[device]
+        metafunc.parametrize("shape", shapes, ids=["x".join(map(str, s)) for s in shapes])
+
+
+def _flush_caches(device: str) -> Callable[[], None]:
+    """Overwrites more memory than the last-level cache holds."""
+    size = 256 * 2**20 if device == "cuda" else 64 * 2**20
+    scratch = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def flush() -> None:
+        scratch.zero_()
+
+    return flush
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a large copy on the device, read and written bytes counted."""
+    source = torch.ones(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        seconds.append(_seconds(lambda: target.copy_(source), device))
+    return 2 * source.numel() / sorted(seconds)[len(seconds) // 2]
+
+
+def _seconds(run: Callable[[], Any], device: str) -> float:
+    import time
+
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+class Contest:
+    """Times one contender of one shape and records what the table needs."""
+
+    def __init__(self, benchmark: Any, device: str, copy_bandwidth: float) -> None:
+        self.benchmark = benchmark
+        self.device = device
+        self.copy_bandwidth = copy_bandwidth
+
+    def run(
+        self,
+        op: str,
+        case: str,
+        contender: str,
+        run: Callable[[], Any],
+        check: Callable[[Any], None],
+        floor_bytes: int,
+    ) -> None:
+        """Checks `run`'s result, then times it.
+
+        Args:
+            op, case, contender: the row and column of the table.
+            run: one call, gradients included where they belong to the case.
+            check: raises when the result is wrong.
+            floor_bytes: bytes that must move: each input read once, each output written once.
+        """
+        check(run())
+        flush = _flush_caches(self.device)
+        extra = self.benchmark.extra_info
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            extra["peak_extra_bytes"] = torch.cuda.max_memory_allocated() - before
+            device_seconds = []
+            for _ in range(30):
+                flush()
+                torch.cuda.synchronize()
+                device_seconds.append(_seconds(run, self.device))
+            extra["device_seconds"] = sorted(device_seconds)[15]
+        extra.update(op=op, case=case, contender=contender, floor_bytes=floor_bytes)
+        extra["copy_bandwidth"] = self.copy_bandwidth
+
+        def once() -> None:
+            run()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        rounds = 20 if self.device == "cuda" else 7
+        self.benchmark.pedantic(once, setup=flush, rounds=rounds, warmup_rounds=1)
+
+
+@pytest.fixture
+def contest(benchmark: Any, device: str, copy_bandwidth: float) -> Contest:
+    torch.manual_seed(0)
+    return Contest(benchmark, device, copy_bandwidth)
+
+
+def kernel_sources_sha256() -> str:
+    """Identifies the kernels that were measured, so that a stale result shows."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """Device and versions instead of names of the machine."""
+    on_cuda = config.getoption("--device") == "cuda"
+    cpu = machine_info.get("cpu", {})
+    name = torch.cuda.get_device_name() if on_cuda else cpu.get("brand_raw", platform.machine())
+    machine_info.clear()
+    machine_info.update(
+        device=name,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        memdec=memdec.__version__,
+        kernel_sources=kernel_sources_sha256(),
+    )
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list, output_json: dict
+) -> None:
+    """Medians are kept, single rounds and commit data are not: the file is committed."""
+    output_json.pop("commit_info", None)
+    for bench in output_json["benchmarks"]:
+        bench["stats"].pop("data", None)

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Everything that must have run on a GPU after a kernel changed: build, tests, compute-sanitizer,
+# benchmarks. Results and logs go to the folder given; copy the JSON to benchmarks/results/.
+#
+#   benchmarks/gpu.sh OUT [tests] [sanitizer] [benchmarks]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
+steps="${*:-tests sanitizer benchmarks}"
+status=0
+
+build() {
+  MEMDEC_CUDA=on MEMDEC_CUDA_ARCHS="${MEMDEC_CUDA_ARCHS:-90}" python3 -m pip install \
+    --no-build-isolation --no-deps --no-index -q -e . >"$out/build.log" 2>&1 || {
+    tail -40 "$out/build.log"
+    exit 1
+  }
+  MEMDEC_REQUIRE_NATIVE=1 python3 -m memdec info
+}
+
+tests() {
+  MEMDEC_REQUIRE_NATIVE=1 timeout 420 python3 -m pytest tests/ops -q --maxfail=30 -p no:cacheprovider -k cuda \
+    2>&1 | tee "$out/tests.log" | tail -60
+}
+
+sanitizer() {
+  for tool in memcheck racecheck; do
+    timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 120 \
+      python3 benchmarks/sanitize.py >"$out/$tool.log" 2>&1
+    echo "$tool: exit status $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log")"
+  done
+}
+
+benchmarks() {
+  timeout 400 python3 -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --device cuda \
+    --benchmark-json="$out/benchmarks.json" >"$out/benchmarks.log" 2>&1 || tail -30 "$out/benchmarks.log"
+  python3 benchmarks/table.py "$out/benchmarks.json"
+}
+
+build
+for step in $steps; do
+  echo "== $step"
+  "$step" || status=1
+done
+exit $status

@@ -1,0 +1,44 @@
+"""Calls every CUDA kernel on small, ugly inputs: the program that compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from memdec import ops
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for dtype, width in itertools.product(dtypes, (1, 7, 1000, 50257)):
+        rows = 5
+        storage = torch.randn(rows, width + 3, device="cuda", dtype=dtype)
+        base = storage[:, 1 : width + 1].requires_grad_()  # rows without 16-byte alignment
+        memory = torch.randn(rows, width + 2, device="cuda", dtype=dtype, requires_grad=True)
+        lmbda = torch.tensor([0.0, 0.3, 1.0, 0.5, float("nan")], device="cuda", requires_grad=True)
+        ops.fused_interpolate(base, memory, lmbda, vocab_size=max(1, width - 1)).sum().backward()
+
+        labels = torch.tensor([0, -100, width - 1, width + 5, 0], device="cuda")
+        ops.token_log_probs(base, labels).sum().backward()
+
+        k = 33
+        distances = torch.rand(rows, k, device="cuda", dtype=dtype)
+        tokens = torch.randint(-1, width, (rows, k), device="cuda")
+        targets = ops.knn_scatter(distances, tokens, temperature=0.1, max_entries=20)
+        ops.sparse_kl_loss(base, targets, labels).loss.backward()
+        ops.sparse_kl_loss(memory, targets, reduction="none").loss.sum().backward()
+    for k in (0, 1, 1024, 4096):
+        distances = torch.rand(3, k, device="cuda")
+        tokens = torch.randint(-1, 300, (3, k), device="cuda", dtype=torch.int32)
+        ops.knn_scatter(distances, tokens)
+    torch.cuda.synchronize()
+    print("every kernel was called")
+
+
+if __name__ == "__main__":
+    main()
