@@ -1,0 +1,137 @@
+"""Configuration as dataclasses: a stage's fields carry their own help and check themselves.
+
+The same fields are the keyword arguments of the library call, the flags of the command and the keys
+of a recipe, so each option is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from memdec.errors import MemdecError
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
+    """A dataclass field with its help text; without a default the field is required."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of the stages' configurations.
+
+    Values are converted to the annotated type where nothing is lost (a recipe's ``1`` for a float,
+    a string for a path); anything else raises :class:`MemdecError` naming field, expectation and
+    value. Subclasses override :meth:`check` for ranges.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _convert(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises :class:`MemdecError` when a value is out of range."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the configuration from a recipe's mapping; an unknown key is an error."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise MemdecError(f"{cls.__name__} has no option {key!r}{hint}")
+        required = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.default is dataclasses.MISSING and field.name not in values
+        ]
+        if required:
+            raise MemdecError(f"{cls.__name__} needs {', '.join(map(repr, required))}")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The values as plain JSON types, in the order of the fields."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def require(condition: bool, name: str, expected: str, value: Any) -> None:
+    """Raises :class:`MemdecError` in the one form that range checks use."""
+    if not condition:
+        raise MemdecError(f"{name} must be {expected}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = typing.get_args(hint)
+        if value is None and type(None) in choices:
+            return None
+        for choice in choices:
+            if choice is not type(None):
+                try:
+                    return _convert(name, value, choice)
+                except MemdecError:
+                    continue
+        raise MemdecError(f"{name} must be {_describe(hint)}, got {value!r}")
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(name, item, typing.get_args(hint)[0]) for item in value)
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+            return int(value)
+    elif hint is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 5e-5 as a string
+            except ValueError:
+                pass
+    elif hint is Path:
+        if isinstance(value, (str, Path)):
+            return Path(value)
+    elif isinstance(value, hint):
+        return value
+    raise MemdecError(f"{name} must be {_describe(hint)}, got {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(choice) for choice in typing.get_args(hint))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if origin is tuple:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    names = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        Path: "a path",
+    }
+    return "nothing" if hint is type(None) else names.get(hint, str(hint))

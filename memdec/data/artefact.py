@@ -1,0 +1,342 @@
+"""A stage's directory: files written whole or not at all, a manifest, and what makes a rerun safe.
+
+While a stage runs, ``progress.json`` lists its request (kind, parameters, fingerprints of the
+inputs) and the files finished so far. When it ends, ``manifest.json`` takes its place. Running the
+same request again goes on where it stopped, or does nothing; a different request is refused.
+Seconds live in ``timing.json``, so every other file depends on inputs and seed alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from memdec.errors import MemdecError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+TIMING = "timing.json"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A finished artefact, opened for reading."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str, kind: str) -> Artefact:
+        """Opens a finished artefact and checks that every file has its recorded size.
+
+        Raises:
+            MemdecError: nothing there, another kind, an unfinished stage, a missing or cut file.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            state = (
+                "is unfinished: run its stage again" if (path / PROGRESS).exists() else "is none"
+            )
+            raise MemdecError(f"expected a {kind} directory at {path}, which {state}")
+        manifest = _read_json(path / MANIFEST)
+        if manifest.get("kind") != kind:
+            raise MemdecError(f"expected a {kind} directory, {path} is a {manifest.get('kind')}")
+        if manifest.get("format") != FORMAT_VERSION:
+            raise MemdecError(
+                f"{path} has format {manifest.get('format')}, this memdec reads {FORMAT_VERSION}"
+            )
+        for name, record in manifest["files"].items():
+            _check_size(path / name, record["bytes"])
+        return cls(path, manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which holds the SHA-256 of every file."""
+        return fingerprint(self.manifest)
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def check_input(artefact: Artefact, name: str, found: str) -> None:
+    """Checks that `artefact` was made from what goes with it now.
+
+    Raises:
+        MemdecError: its input `name` has another fingerprint than `found`.
+    """
+    expected = artefact.manifest["inputs"][name]
+    if expected != found:
+        raise MemdecError(
+            f"{artefact.path} was made with {name} {_short(expected)}, this run has {_short(found)}"
+        )
+
+
+class StageWriter:
+    """Writes one artefact; made by :func:`stage`."""
+
+    def __init__(self, path: Path, progress: dict[str, Any]) -> None:
+        self.path = path
+        self.finished = False
+        self._progress = progress
+        self._start = time.monotonic()
+
+    def has(self, name: str) -> bool:
+        """Whether the file was finished, now or in an earlier run."""
+        return name in self._progress["files"]
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def note(self, key: str) -> Any:
+        """A value recorded by :meth:`set_note`, or None."""
+        return self._progress["notes"].get(key)
+
+    def set_note(self, key: str, value: Any) -> None:
+        """Records a small JSON value that a rerun should find, for example a chosen temperature."""
+        self._progress["notes"][key] = value
+        self._save_progress()
+
+    def write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
+        """Writes one file through a temporary name; `write` gets the open binary file."""
+        target = self.path / name
+        temporary = target.with_name(target.name + ".tmp")
+        with clear_disk_errors(target):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(temporary, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        self._record(name)
+
+    def write_directory(self, name: str, write: Callable[[Path], object]) -> None:
+        """Writes a directory of files (a model) through a temporary name."""
+        target = self.path / name
+        temporary = target.with_name(target.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        with clear_disk_errors(target):
+            try:
+                temporary.mkdir(parents=True)
+                write(temporary)
+                shutil.rmtree(target, ignore_errors=True)  # left by a run killed before recording
+                os.replace(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        files = sorted(path for path in target.rglob("*") if path.is_file())
+        self._progress["notes"][f"directory {name}"] = len(files)  # saved by the next line
+        self._record(*(str(path.relative_to(self.path)) for path in files))
+
+    def has_directory(self, name: str) -> bool:
+        return self.note(f"directory {name}") is not None
+
+    def finish(self, timing: Mapping[str, float] | None = None, **fields: Any) -> Artefact:
+        """Writes timing and manifest; `fields` (counts, dtypes, choices) go into the manifest."""
+        manifest = {**self._progress["request"], **fields}
+        manifest["files"] = dict(sorted(self._progress["files"].items()))
+        seconds = {"seconds": time.monotonic() - self._start, **(timing or {})}
+        _write_json(self.path / TIMING, seconds)
+        _write_json(self.path / MANIFEST, manifest)
+        (self.path / PROGRESS).unlink(missing_ok=True)
+        self.finished = True
+        return Artefact(self.path, _read_json(self.path / MANIFEST))
+
+    def _record(self, *names: str) -> None:
+        for name in names:
+            path = self.path / name
+            self._progress["files"][name] = {
+                "bytes": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
+        self._save_progress()
+
+    def _save_progress(self) -> None:
+        _write_json(self.path / PROGRESS, self._progress)
+
+
+@contextmanager
+def stage(
+    path: Path | str,
+    kind: str,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> Iterator[StageWriter]:
+    """Opens a stage's directory for writing, alone.
+
+    Args:
+        path: the directory; made if missing.
+        kind: what it will hold, for example ``"datastore"``.
+        params: every parameter that shapes the result, as JSON types.
+        inputs: name to fingerprint of everything that is read.
+
+    Yields:
+        A writer. ``writer.finished`` is true when the same request was finished before: read it
+        with :meth:`Artefact.open` and do nothing.
+
+    Raises:
+        MemdecError: the directory holds something else, or another process writes it.
+
+    A :class:`MemdecError` before anything was finished removes the directory again.
+    """
+    path = Path(path)
+    request = _as_json(
+        {"format": FORMAT_VERSION, "kind": kind, "params": dict(params), "inputs": dict(inputs)}
+    )
+    strangers = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    known = {MANIFEST, PROGRESS, LOCK, TIMING}
+    if strangers and not known & set(strangers):
+        raise MemdecError(
+            f"{path} is not empty and not a {kind} directory (it holds {strangers[0]}); "
+            "choose another directory"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemdecError(f"cannot make the directory {path}: {error.strerror}") from error
+    with open(path / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MemdecError(f"another process is writing {path}; wait for it to end") from None
+        writer = _open_writer(path, request)
+        try:
+            yield writer
+        except MemdecError:
+            _remove_if_nothing_done(path)
+            raise
+
+
+def _remove_if_nothing_done(path: Path) -> None:
+    """A stage that refuses its input leaves no directory behind, unless something was finished."""
+    if {item.name for item in path.iterdir()} <= {PROGRESS, LOCK}:
+        (path / PROGRESS).unlink(missing_ok=True)
+        (path / LOCK).unlink()
+        path.rmdir()
+
+
+def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
+    if (path / MANIFEST).exists():
+        manifest = _read_json(path / MANIFEST)
+        _refuse_other_request(path, manifest, request)
+        Artefact.open(path, request["kind"])
+        writer = StageWriter(path, {"request": request, "files": manifest["files"], "notes": {}})
+        writer.finished = True
+        (path / PROGRESS).unlink(missing_ok=True)  # left by a run killed right after its manifest
+        return writer
+    if (path / PROGRESS).exists():
+        progress = _read_json(path / PROGRESS)
+        _refuse_other_request(path, progress["request"], request)
+        for name, record in progress["files"].items():
+            _check_size(path / name, record["bytes"])
+        return StageWriter(path, progress)
+    writer = StageWriter(path, {"request": request, "files": {}, "notes": {}})
+    writer._save_progress()
+    return writer
+
+
+def _refuse_other_request(path: Path, found: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    for part in ("format", "kind"):
+        if found.get(part) != request[part]:
+            raise MemdecError(
+                f"{path} was made with {part} {found.get(part)}, this run has {request[part]}; "
+                "choose another directory"
+            )
+    for part, what in (("inputs", "input"), ("params", "option")):
+        old, new = found.get(part, {}), request[part]
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                before, now = _short(old.get(key)), _short(new.get(key))
+                raise MemdecError(
+                    f"{path} was made with {what} {key} = {before}, this run has {now}; "
+                    "choose another directory, or remove this one"
+                )
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, as 64 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _check_size(path: Path, expected: int) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise MemdecError(
+            f"{path} {state}, its record says {expected}; "
+            f"remove {path.parent} and run the stage again"
+        )
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MemdecError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with clear_disk_errors(path):
+        try:
+            with open(temporary, "w") as file:
+                json.dump(value, file, indent=1, sort_keys=True)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """Turns the error of a full disk, which libraries word in their own ways, into one clear line."""
+    try:
+        yield
+    except Exception as error:
+        if _is_full_disk(error, path):
+            raise MemdecError(
+                f"the disk is full: {path} could not be written; finished files are kept, "
+                "free some space and run the same command again"
+            ) from error
+        raise
+
+
+def _is_full_disk(error: Exception, path: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if "inline_container" in str(error):  # torch.save does not say why it could not write
+        return shutil.disk_usage(path.parent).free < 1 << 20
+    return "No space left on device" in str(error)  # safetensors

@@ -1,0 +1,100 @@
+"""Chooses the temperature of the targets: the kNN-LM that predicts the validation tokens best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from memdec.console import Progress, say
+from memdec.data.corpus import TokenCorpus
+from memdec.data.datastore import Datastore
+from memdec.errors import MemdecError
+
+# In units of the spread of the squared distances. The best lay near 0.2 to 0.4 on real text.
+_TEMPERATURES = np.geomspace(0.05, 16.0, 18)
+
+
+def calibrate(
+    model_name: str, datastore: Datastore, corpus: TokenCorpus, k: int, positions: int
+) -> dict[str, Any]:
+    """Tries temperatures on the first `positions` positions of validation.
+
+    Each is judged by the mean nll of ``(1 - lmbda) p_teacher + lmbda p_knn`` at its best lmbda. The
+    spread that scales the temperatures is the median over queries of the standard deviation of
+    their k squared distances.
+
+    Returns:
+        ``temperature``, ``lmbda`` and ``nll`` of the best, the ``teacher_nll``, the number of
+        ``positions``, the ``spread``, and ``tried``: one row for each temperature.
+    """
+    from memdec.evaluation.knn_lm import knn_label_log_probs
+    from memdec.evaluation.mixture import best_lmbda
+
+    keys, log_probs, labels = _teacher_forced(model_name, datastore, corpus, positions)
+    distances, ids = datastore.search(keys, k)
+    tokens = datastore.neighbor_tokens(ids)
+    spread = _spread(distances)
+    tried = []
+    for temperature in (_TEMPERATURES * spread).tolist():
+        knn = knn_label_log_probs(distances, tokens, labels, temperature)
+        lmbda, nll = best_lmbda(log_probs, knn)
+        tried.append({"temperature": temperature, "lmbda": lmbda, "nll": nll})
+    best = min(tried, key=lambda row: row["nll"])
+    teacher_nll = float(-log_probs.mean(dtype=np.float64))
+    say(
+        f"temperature {best['temperature']:.4g} chosen on {len(labels):,} validation positions: "
+        f"nll {best['nll']:.3f} at lmbda {best['lmbda']:g}, the teacher alone {teacher_nll:.3f}"
+    )
+    return {
+        **best,
+        "teacher_nll": teacher_nll,
+        "positions": len(labels),
+        "spread": spread,
+        "tried": tried,
+    }
+
+
+def _teacher_forced(
+    model_name: str, datastore: Datastore, corpus: TokenCorpus, positions: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys [n, width], log p(label) [n] and labels [n] of the head of validation."""
+    from memdec.evaluation.forward import forward_blocks
+    from memdec.modeling.key_layer import KeyRecorder
+    from memdec.modeling.loading import load_model
+
+    stream = corpus.split("validation")
+    positions = min(positions, stream.positions)
+    dtype = datastore.artefact.manifest["params"]["dtype"]
+    model = load_model(model_name, device=datastore.device, dtype=dtype)
+    keys = []
+    log_probs = []
+    with (
+        Progress("keys of validation", positions, "tokens") as progress,
+        KeyRecorder(model, datastore.key_layer) as recorder,
+    ):
+        for batch in forward_blocks(
+            model,
+            stream,
+            block_size=datastore.block_size,
+            batch_blocks=1,
+            vocab_size=corpus.vocab_size,
+            positions=positions,
+        ):
+            keys.append(recorder.keys.flatten(0, 1).float().cpu().numpy())
+            log_probs.append(batch.log_probs)
+            progress.advance(batch.stop - batch.start)
+    found = np.concatenate(log_probs)
+    if not np.isfinite(found).all():
+        raise MemdecError(f"the teacher {model_name} gives a validation token probability 0 or NaN")
+    return np.concatenate(keys), found, stream.read(1, positions + 1)
+
+
+def _spread(distances: np.ndarray) -> float:
+    """Median over queries of the standard deviation of the distances to real neighbours."""
+    real = np.isfinite(distances)
+    rows = real.sum(axis=1) > 1
+    if not rows.any():
+        return 1.0
+    known = np.where(real, distances, np.nan)[rows].astype(np.float64)
+    return float(np.median(np.nanstd(known, axis=1))) or 1.0

@@ -1,0 +1,339 @@
+"""A frozen base and its memory as one transformers model (arXiv 2508.09874, equation 6)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from memdec.config import require
+from memdec.errors import MemdecError
+from memdec.modeling.cache import MemoryDecoderCache
+from memdec.modeling.loading import (
+    Dtype,
+    compare_tokenizers,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+)
+from memdec.ops import fused_interpolate
+
+BASE = "base"
+MEMORY = "memory"
+
+
+class MemoryDecoderConfig(PreTrainedConfig):
+    """How base and memory go together.
+
+    Args:
+        lmbda: the memory's weight in the mixture, in [0, 1].
+        base_name: directory, hub name or .gguf file of the base; None when it is saved beside.
+        tokenizer_size: ``len(tokenizer)``, the number of real tokens; columns of the logits from
+            there on are padding. None: all are real.
+        vocab_size: width of the base's logits.
+    """
+
+    model_type = "memory_decoder"
+
+    def __init__(
+        self,
+        lmbda: float = 0.5,
+        base_name: str | None = None,
+        tokenizer_size: int | None = None,
+        vocab_size: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.lmbda = lmbda
+        self.base_name = base_name
+        self.tokenizer_size = tokenizer_size
+        self.vocab_size = vocab_size
+        super().__init__(**kwargs)
+
+
+class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model whose next-token distribution is ``(1 - lmbda) base + lmbda memory``.
+
+    Made by :meth:`from_models` or :meth:`from_pretrained`. ``generate`` is transformers' own, with
+    everything it offers. Base and memory are used as they are, on one device, and stay available
+    as ``model.base`` and ``model.memory``; ``model.config.lmbda`` may be changed at any time.
+    """
+
+    config_class = MemoryDecoderConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # nothing of its own attends; base and memory each have their setting
+    base: Any  # a PreTrainedModel that is a GenerationMixin, which Python has no type for
+    memory: Any
+
+    def __init__(
+        self,
+        config: MemoryDecoderConfig,
+        base: PreTrainedModel,
+        memory: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__(config)
+        for name, model in ((BASE, base), (MEMORY, memory)):
+            if "past_key_values" not in _parameters(type(model).forward):
+                raise MemdecError(
+                    f"the {name} must be a decoder-only model with a key-value cache, "
+                    f"got {type(model).__name__}"
+                )
+        self.base = base
+        self.memory = memory
+        self.tokenizer = tokenizer
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self._is_stateful = base._is_stateful or memory._is_stateful
+
+    @classmethod
+    def from_models(
+        cls,
+        base: PreTrainedModel,
+        memory: PreTrainedModel,
+        *,
+        lmbda: float,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        memory_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Self:
+        """Puts two models side by side; neither is changed.
+
+        Args:
+            base: any decoder-only model.
+            memory: a decoder-only model of the same tokenizer, on the base's device; its output
+                may have another width.
+            lmbda: the memory's weight, in [0, 1].
+            tokenizer: the base's; its length says how many columns of the logits are real tokens.
+            memory_tokenizer: the memory's; compared with `tokenizer` when both are given.
+
+        Raises:
+            MemdecError: `lmbda` out of range, tokenizers that differ (the message names the first
+                differing tokens), a model without a key-value cache.
+        """
+        require(0 <= lmbda <= 1, "lmbda", "in [0, 1]", lmbda)
+        if tokenizer is not None and memory_tokenizer is not None:
+            compare_tokenizers(tokenizer, memory_tokenizer)
+        config = MemoryDecoderConfig(
+            lmbda=float(lmbda),
+            base_name=base.config.name_or_path or None,
+            tokenizer_size=None if tokenizer is None else len(tokenizer),
+            vocab_size=base.config.get_text_config().vocab_size,
+        )
+        return cls(config, base, memory, tokenizer or memory_tokenizer)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        directory: str | Path,
+        *,
+        base: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: Dtype = "auto",
+    ) -> Self:
+        """Loads what :meth:`save_pretrained` wrote, and compares the tokenizers that lie there.
+
+        Args:
+            directory: the saved pair.
+            base: where the base is now, if it has moved.
+            device: of both models, as :func:`memdec.modeling.loading.pick_device` reads it.
+            dtype: of both models' weights; ``"auto"`` keeps those of the files.
+
+        Raises:
+            MemdecError: no such directory, no base where it should be, tokenizers that differ.
+        """
+        directory = Path(directory)
+        if not (directory / MEMORY).is_dir():
+            raise MemdecError(f"expected a saved base and memory at {directory}, which is none")
+        config = MemoryDecoderConfig.from_pretrained(directory)
+        base = base or (directory / BASE if config.base_name is None else config.base_name)
+        model = cls.from_models(
+            load_model(base, device=device, dtype=dtype),
+            load_model(directory / MEMORY, device=device, dtype=dtype),
+            lmbda=config.lmbda,
+            tokenizer=_tokenizer_of(base),
+            memory_tokenizer=_tokenizer_of(directory / MEMORY),
+        )
+        model.config.tokenizer_size = config.tokenizer_size
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model
+
+    def save_pretrained(  # type: ignore[override]
+        self, directory: str | Path, *, save_base: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the memory whole and the base by its name or path.
+
+        ``directory/memory`` is an ordinary transformers model directory, and so is
+        ``directory/base`` with `save_base`. Further arguments go to the models' own method.
+
+        Raises:
+            ValueError: the base has no name, and `save_base` is not set.
+        """
+        config = copy.deepcopy(self.config)
+        if save_base:
+            config.base_name = None
+        elif config.base_name is None:
+            raise ValueError("the base has no name or path to load it by; pass save_base=True")
+        directory = Path(directory)
+        for name in (BASE, MEMORY) if save_base else (MEMORY,):
+            getattr(self, name).save_pretrained(directory / name, **kwargs)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(directory / name)
+        config.save_pretrained(directory)
+        self.generation_config.save_pretrained(directory)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MemoryDecoderCache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass of both models.
+
+        Args:
+            input_ids: ``[batch, length]`` int64; an id beyond the memory's embedding is fed to the
+                memory as its padding id.
+            attention_mask: ``[batch, past + length]``, as for any transformers model; to both.
+            position_ids: ``[batch, length]``; to both.
+            past_key_values: what an earlier pass returned.
+            use_cache: whether to return a cache; None leaves it to the base's configuration.
+            labels: ``[batch, length]``; shifted here, -100 is ignored.
+            logits_to_keep: as in transformers, 0 keeps all; to both.
+            kwargs: to the base alone, such as pixel values or ``output_hidden_states``.
+
+        Returns:
+            ``logits`` are the mixture's log-probabilities ``[batch, kept, base's width]`` in
+            float32, ``loss`` their mean nll at the labels; hidden states and attentions are the
+            base's.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids are needed: the memory cannot read the base's embeddings")
+        if past_key_values is not None and not isinstance(past_key_values, MemoryDecoderCache):
+            raise TypeError(
+                "past_key_values must be a MemoryDecoderCache, as an earlier pass returns it, "
+                f"got {type(past_key_values).__name__}"
+            )
+        if use_cache is None:
+            use_cache = getattr(self.base.config.get_text_config(), "use_cache", True)
+        shared = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        base_cache = memory_cache = None
+        if past_key_values is not None:
+            base_cache, memory_cache = past_key_values.base, past_key_values.memory
+        base = _run(self.base, input_ids, base_cache, shared, **kwargs)
+        memory = _run(self.memory, self._memory_ids(input_ids), memory_cache, shared)
+        width = base.logits.shape[-1]
+        log_probs = fused_interpolate(
+            base.logits,
+            memory.logits,
+            self.config.lmbda,
+            vocab_size=min(self.config.tokenizer_size or width, width),
+        )
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.nll_loss(
+                log_probs[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=log_probs,
+            past_key_values=_paired(base.past_key_values, memory.past_key_values),
+            hidden_states=base.get("hidden_states"),
+            attentions=base.get("attentions"),
+        )
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.base.get_input_embeddings()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base's, which knows its own extra inputs."""
+        return self.base.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """What ``generate`` may be given is what the base takes."""
+        self.base._validate_model_kwargs(model_kwargs)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """Each model makes its cache, of the kind ``cache_implementation`` asks for."""
+        if model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+            return
+        caches = []
+        for model in (self.base, self.memory):
+            made: dict[str, Any] = {}
+            model._prepare_cache_for_generation(generation_config, made, *args)
+            caches.append(made.get("past_key_values"))
+        if (pair := _paired(*caches)) is not None:  # None under the key would not mean no cache
+            model_kwargs["past_key_values"] = pair
+
+    def _memory_ids(self, input_ids: Tensor) -> Tensor:
+        known = _embedding_rows(self.memory)
+        if known >= _embedding_rows(self.base):
+            return input_ids
+        return torch.where(input_ids < known, input_ids, _padding_id(self.memory, known))
+
+
+def _run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: Cache | None,
+    shared: dict[str, Any],
+    **kwargs: Any,
+) -> Any:
+    if "position_ids" not in _parameters(type(model).forward):
+        # Bloom and MPT place tokens by the mask alone.
+        shared = {name: value for name, value in shared.items() if name != "position_ids"}
+    return model(input_ids=input_ids, past_key_values=cache, **shared, **kwargs, return_dict=True)
+
+
+def _paired(base: Cache | None, memory: Cache | None) -> MemoryDecoderCache | None:
+    return None if base is None or memory is None else MemoryDecoderCache(base, memory)
+
+
+@lru_cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """A function's arguments; looking them up anew would cost at every token."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _embedding_rows(model: PreTrainedModel) -> int:
+    return next(model.get_input_embeddings().parameters()).shape[0]
+
+
+def _padding_id(model: PreTrainedModel, known: int) -> int:
+    """The model's pad id, else its eos id, else 0."""
+    config = model.config.get_text_config()
+    for ids in (config.pad_token_id, config.eos_token_id):
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int) and 0 <= first < known:
+            return first
+    return 0
+
+
+def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
+    return load_tokenizer(name) if has_tokenizer(name) else None
