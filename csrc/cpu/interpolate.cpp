@@ -111,8 +111,11 @@ struct Forward {
   }
 
   void write(const Row& state, int64_t begin, int64_t end) const {
-    if (!state.valid) return fill_chunk(args.out, state.row, begin, end, kNaN);
     const int64_t stop = larger(begin, smaller(end, args.vocab));
+    if (!state.valid) {
+      fill_chunk(args.out, state.row, begin, stop, kNaN);
+      return fill_chunk(args.out, state.row, stop, end, -kInfinity);
+    }
     ChunkBuffer base_buffer, memory_buffer, out_buffer;
     float* out = chunk_target(args.out, state.row, begin, out_buffer);
     if (state.base.used && state.memory.used) {
@@ -433,9 +436,11 @@ struct Backward {
     if (grad.data == nullptr) return begin;
     end = smaller(end, grad.cols);
     if (begin >= end) return begin;
-    const int64_t stop = used && valid ? larger(begin, smaller(end, limit)) : begin;
-    fill_chunk(grad, row, stop, end, valid ? 0.f : kNaN);
-    return stop;
+    const int64_t real = larger(begin, smaller(end, limit));  // from there on is padding
+    fill_chunk(grad, row, real, end, 0.f);
+    if (used && valid) return real;
+    fill_chunk(grad, row, begin, real, valid ? 0.f : kNaN);
+    return begin;
   }
 
   void finish(const Row& state) const {

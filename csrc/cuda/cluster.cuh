@@ -1,9 +1,12 @@
-// A row held by a cluster of blocks (Hopper and newer): every logit is read from memory once, kept
-// in registers, and used twice. The blocks exchange what they found through distributed shared
-// memory. Older GPUs, and rows too wide for a cluster, take the kernels that read a row twice.
+// A row shared by a cluster of blocks (Hopper and newer), for fewer rows than there are
+// multiprocessors: every logit is read once and kept in registers, and the blocks exchange what
+// they found through distributed shared memory. With more rows a block a row is faster, although it
+// reads a row twice: a cluster's blocks wait for each other (benchmarks/ladder.md).
 #pragma once
 
 #include <cooperative_groups.h>
+
+#include <initializer_list>
 
 #include "cuda/launch.h"
 #include "cuda/row.cuh"
@@ -23,19 +26,10 @@ struct HeldGroup {
   static constexpr int kWords = sizeof(T) * kGroup / sizeof(uint4);
   uint4 words[kWords];
 
-  // Columns [start, start + kGroup) of a row, -inf from `limit` on.
-  __device__ void load(const T* row, int start, int limit) {
-    const T* p = row + start;
-    if (start + kGroup <= limit && is_aligned(p)) {
+  // `p` must be aligned. The row is read once: it need not stay in a cache.
+  __device__ void load(const T* p) {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = __ldcs(reinterpret_cast<const uint4*>(p) + i);
-    } else {
-      T* values = reinterpret_cast<T*>(words);
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        values[i] = start + i < limit ? p[i] : from_float<T>(-INFINITY);
-      }
-    }
+    for (int i = 0; i < kWords; ++i) words[i] = __ldcs(reinterpret_cast<const uint4*>(p) + i);
   }
 
   __device__ float operator[](int i) const {
@@ -76,13 +70,12 @@ struct HeldRow {
   float edge;
 
   // All loads are issued before the first value is needed.
-  __device__ void load(const T* row, const HeldColumns& columns, int limit) {
+  __device__ void load(const T* row, const HeldColumns& columns) {
 #pragma unroll
     for (int g = 0; g < kHeldGroups; ++g) {
-      if (g < columns.count) groups[g].load(row, columns.start(g), limit);
+      if (g < columns.count) groups[g].load(row + columns.start(g));
     }
-    const bool held = columns.edge >= 0 && columns.edge < limit;
-    edge = held ? to_float(row[columns.edge]) : -INFINITY;
+    edge = columns.edge >= 0 ? to_float(row[columns.edge]) : -INFINITY;
   }
 
   __device__ SoftmaxSum softmax_sum(const HeldColumns& columns, float scale) const {
@@ -107,55 +100,47 @@ struct HeldRow {
   }
 };
 
-// Merges the sums and adds the values of the first `lanes` lanes (a power of two) into each of
-// them.
-template <int N, int M>
-__device__ inline void merge_lanes(SoftmaxSum (&sums)[N], const float (&scales)[N],
-                                   double (&values)[M], int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+// Merges the sums of the first `lanes` lanes (a power of two) into each of them. The maximum first:
+// then each lane rescales once, and plain sums remain.
+template <int N>
+__device__ inline void merge_lanes(SoftmaxSum (&sums)[N], const float (&scales)[N], int lanes) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      SoftmaxSum other;
-      other.max = __shfl_xor_sync(0xffffffffu, sums[n].max, offset);
-      other.tail = __shfl_xor_sync(0xffffffffu, sums[n].tail, offset);
-      other.ties = __shfl_xor_sync(0xffffffffu, sums[n].ties, offset);
-      sums[n].merge(other, scales[n]);
+  for (int n = 0; n < N; ++n) {
+    float top = sums[n].max;
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     }
-#pragma unroll
-    for (int m = 0; m < M; ++m) values[m] += __shfl_xor_sync(0xffffffffu, values[m], offset);
+    sums[n].raise(top, scales[n]);
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      sums[n].tail += __shfl_xor_sync(0xffffffffu, sums[n].tail, offset);
+      sums[n].ties += __shfl_xor_sync(0xffffffffu, sums[n].ties, offset);
+    }
   }
 }
 
-// Exchanges what the blocks of a cluster found: merges the softmax sums of N rows and adds up M
-// further values, over block and cluster, in a fixed order that is the same in every block. Ends
-// without a barrier: shared memory that other blocks read must outlive this, so the kernel ends
-// with a cluster barrier.
-template <int N, int M>
-__device__ inline void cluster_merge(SoftmaxSum (&sums)[N], const float (&scales)[N],
-                                     double (&values)[M]) {
+// Merges the softmax sums of N rows over block and cluster, in a fixed order that is the same in
+// every block. Ends without a barrier: shared memory that other blocks read must outlive this, so
+// the kernel ends with a cluster barrier.
+template <int N>
+__device__ inline void cluster_merge(SoftmaxSum (&sums)[N], const float (&scales)[N]) {
 #if __CUDA_ARCH__ >= 900
   __shared__ float warp_sums[kClusterWarps][N][3];
-  __shared__ double warp_values[kClusterWarps][M];
   __shared__ float block_sums[N][3];
-  __shared__ double block_values[M];
   const auto cluster = cooperative_groups::this_cluster();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
-  merge_lanes(sums, scales, values, kWarpSize);
+  merge_lanes(sums, scales, kWarpSize);
   if (lane == 0) {
     for (int n = 0; n < N; ++n) sums[n].put(warp_sums[warp][n]);
-    for (int m = 0; m < M; ++m) warp_values[warp][m] = values[m];
   }
   __syncthreads();  // every warp's part is written before the first warp reads it
   if (warp == 0) {
     for (int n = 0; n < N; ++n) {
       sums[n] = lane < kClusterWarps ? SoftmaxSum::get(warp_sums[lane][n]) : SoftmaxSum{};
     }
-    for (int m = 0; m < M; ++m) values[m] = lane < kClusterWarps ? warp_values[lane][m] : 0.0;
-    merge_lanes(sums, scales, values, kClusterWarps);
+    merge_lanes(sums, scales, kClusterWarps);
     if (lane == 0) {
       for (int n = 0; n < N; ++n) sums[n].put(block_sums[n]);
-      for (int m = 0; m < M; ++m) block_values[m] = values[m];
     }
   }
   cluster.sync();  // every block's part is written before any block reads it
@@ -164,25 +149,49 @@ __device__ inline void cluster_merge(SoftmaxSum (&sums)[N], const float (&scales
   for (int n = 0; n < N; ++n) {
     sums[n] = reads ? SoftmaxSum::get(cluster.map_shared_rank(block_sums[n], lane)) : SoftmaxSum{};
   }
-  for (int m = 0; m < M; ++m) {
-    values[m] = reads ? *cluster.map_shared_rank(&block_values[m], lane) : 0.0;
-  }
-  merge_lanes(sums, scales, values, kMaxClusterBlocks);
+  merge_lanes(sums, scales, kMaxClusterBlocks);
   for (int n = 0; n < N; ++n) {
     sums[n].max = __shfl_sync(0xffffffffu, sums[n].max, 0);
     sums[n].tail = __shfl_sync(0xffffffffu, sums[n].tail, 0);
     sums[n].ties = __shfl_sync(0xffffffffu, sums[n].ties, 0);
   }
-  for (int m = 0; m < M; ++m) values[m] = __shfl_sync(0xffffffffu, values[m], 0);
 #endif
 }
 
-// How many blocks share a row of `columns` on this device; 0: no cluster holds it.
+// Columns before a row's first 16-byte boundary, counted in whole groups, at most n. Rows that
+// agree (below) have it in common.
+template <typename T>
+__device__ inline int columns_to_group(const T* row, int n) {
+  const int head = static_cast<int>(-(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kGroup);
+  return head < n ? head : n;
+}
+
+// Whether every row of these tensors lies equally far from a whole group, so that groups which are
+// aligned in one are aligned in all.
+inline bool rows_agree(std::initializer_list<const RowsView*> views) {
+  const auto size = [](const RowsView& view) { return view.dtype == DType::kFloat32 ? 4 : 2; };
+  const RowsView& first = **views.begin();
+  const auto phase = [&](const RowsView& view) {
+    return reinterpret_cast<uintptr_t>(view.data) / size(view) % kGroup;
+  };
+  bool whole_strides = true, equal_strides = true;
+  for (const RowsView* view : views) {
+    if (reinterpret_cast<uintptr_t>(view->data) % size(*view) != 0) return false;
+    if (phase(*view) != phase(first)) return false;
+    const int64_t inner = view->inner_stride % kGroup, outer = view->outer_stride % kGroup;
+    whole_strides = whole_strides && inner == 0 && outer == 0;
+    equal_strides = equal_strides && view->inner_rows == first.inner_rows &&
+                    inner == first.inner_stride % kGroup && outer == first.outer_stride % kGroup;
+  }
+  return whole_strides || equal_strides;
+}
+
+// How many blocks share a row of `columns` on this device; 0: a block a row is better.
 inline int cluster_blocks(int64_t columns, int64_t rows, int device) {
   int major = 0, processors = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (major < 9 || columns > kHeldColumns * kMaxClusterBlocks) return 0;
+  if (major < 9 || rows >= processors || columns > kHeldColumns * kMaxClusterBlocks) return 0;
   int blocks = 1;
   while (kHeldColumns * blocks < columns) blocks *= 2;
   // With few rows there are processors to spare: split further while a thread keeps a group.

@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kThreads)
 
   if (!weights.valid) {
     for (int i = threadIdx.x; grad_base && i < width; i += kThreads) {
-      grad_base[i] = from_float<Base>(NAN);
+      grad_base[i] = from_float<Base>(i < vocab ? NAN : 0.f);
     }
     for (int i = threadIdx.x; grad_memory && i < memory_width; i += kThreads) {
-      grad_memory[i] = from_float<Memory>(NAN);
+      grad_memory[i] = from_float<Memory>(i < shared_vocab ? NAN : 0.f);
     }
     if (args.grad_lmbda && threadIdx.x == 0) args.grad_lmbda[row] = NAN;
     return;

@@ -35,6 +35,18 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// 2^x and log2(x) as the hardware has them: relative error near 2^-22, results below 2^-126 are 0.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 template <typename T>
 __device__ inline T* row_of(const RowsView& view, int64_t row) {
   return static_cast<T*>(view.data) + (row / view.inner_rows) * view.outer_stride +
@@ -51,6 +63,8 @@ constexpr int kGroup = 8;
 
 struct Group {
   float x[kGroup];
+
+  __device__ float operator[](int i) const { return x[i]; }
 
   // `p` must be aligned to the group's size, at most 16 bytes.
   template <typename T>
@@ -114,13 +128,17 @@ struct AnyRow {
   }
 
   __device__ void store(const Group& group, int start) const {
-    visit([&](auto* p) {
-      if (is_aligned(p + start)) {
-        group.store(p + start);
-      } else {
-        group.store_unaligned(p + start);
-      }
-    });
+    visit([&](auto* p) { group.store(p + start); });
+  }
+
+  __device__ void store_unaligned(const Group& group, int start) const {
+    visit([&](auto* p) { group.store_unaligned(p + start); });
+  }
+
+  __device__ bool aligned(int start) const {
+    bool result;
+    visit([&](auto* p) { result = is_aligned(p + start); });
+    return result;
   }
 
   __device__ void set(int i, float x) const {
@@ -155,7 +173,7 @@ struct SoftmaxSum {
 
   __device__ void raise(float new_max, float scale) {
     if (new_max > max) {
-      tail = (tail + ties) * exp2f((max - new_max) * scale);
+      tail = (tail + ties) * fast_exp2((max - new_max) * scale);
       ties = 0.f;
       max = new_max;
     }
@@ -170,7 +188,7 @@ struct SoftmaxSum {
   // x is at most max, or NaN.
   __device__ void add_below(float x, float scale) {
     const bool tie = x == max;
-    const float term = exp2f((x - max) * scale);
+    const float term = fast_exp2((x - max) * scale);
     tail += tie ? 0.f : term;
     ties += tie ? 1.f : 0.f;
   }

@@ -1,15 +1,12 @@
 // sparse_kl_loss: KL from a sparse target plus cross-entropy, and their gradient.
 //
-// Loss alone: a block takes a row, reads its logits once and visits its targets; one more block
-// adds up the rows. Loss and gradient at once, on Hopper: a cluster holds the row in registers
-// between the two, so the logits are read once and the gradient written once
-// (sparse_kl_cluster.cuh). Gradient by itself: one read, one write. In both, the few columns with a
-// target or a label are made in float64 and marked in a bitmap that keeps the sweep over all
-// columns off them: every column is stored once, and the gradient may take the logits' place.
+// Loss: a block takes a row, reads its logits once and visits its targets; one more block adds up
+// the rows. Gradient: one read, one write. The few columns with a target or a label are made in
+// float64 first and marked in a bitmap that keeps the sweep over all columns off them: every column
+// is stored once, and the gradient may take the logits' place.
 #include "common/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/row.cuh"
-#include "cuda/sparse_kl_cluster.cuh"
 #include "cuda/sparse_kl_row.cuh"
 
 namespace memdec::cuda {
@@ -47,13 +44,6 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_kernel(SparseKLArgs args) 
   if (threadIdx.x != 0) return;
 
   write_row(args, row, logits, stats, kl);
-}
-
-// d loss / d row loss, by one block; the kernel that makes the gradient needs it first.
-__global__ void __launch_bounds__(kReduceThreads) sparse_kl_scale_kernel(SparseKLArgs args) {
-  __shared__ double shared[kMaxWarps];
-  const double scale = reduction_scale(args, block_sum(counted_rows(args), shared));
-  if (threadIdx.x == 0) *args.scale = static_cast<float>(scale);
 }
 
 // One block adds up the rows in a fixed order.
@@ -208,12 +198,8 @@ cudaError_t launch_backward(const SparseKLBackwardArgs& args, cudaStream_t strea
   return cudaSuccess;
 }
 
-// The rows of a loss whose gradient is wanted too; `args.scale` is there already.
-template <typename T>
-cudaError_t launch_with_gradient(const SparseKLArgs& args, int device, cudaStream_t stream) {
-  const int blocks = cluster_blocks(args.vocab, args.rows, device);
-  if (blocks > 0) return launch_clusters(sparse_kl_cluster_kernel<T>, args, blocks, stream);
-  sparse_kl_kernel<T><<<args.rows, kThreads, 0, stream>>>(args);
+// The backward kernel's arguments for an upstream gradient of 1.
+SparseKLBackwardArgs backward_of(const SparseKLArgs& args) {
   SparseKLBackwardArgs backward;
   backward.rows = args.rows;
   backward.logits = args.logits;
@@ -225,7 +211,7 @@ cudaError_t launch_with_gradient(const SparseKLArgs& args, int device, cudaStrea
   backward.stats = args.stats;
   backward.scale = args.scale;
   backward.grad_logits = args.grad_logits;
-  return launch_backward<T>(backward, stream);
+  return backward;
 }
 
 }  // namespace
@@ -234,22 +220,17 @@ Status sparse_kl(const SparseKLArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const bool with_gradient = args.grad_logits.data != nullptr;
   cudaError_t error = cudaSuccess;
-  if (with_gradient) sparse_kl_scale_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
-  if (args.rows > 0) {
-    with_dtype(args.logits.dtype, [&](auto value) {
-      using T = decltype(value);
-      if (with_gradient) {
-        error = launch_with_gradient<T>(args, device, cuda_stream);
-      } else {
-        sparse_kl_kernel<T><<<args.rows, kThreads, 0, cuda_stream>>>(args);
-      }
-    });
-  }
-  if (args.reduction != Reduction::kNone) {
-    sparse_kl_reduce_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
-  }
+  with_dtype(args.logits.dtype, [&](auto value) {
+    using T = decltype(value);
+    if (args.rows > 0) sparse_kl_kernel<T><<<args.rows, kThreads, 0, cuda_stream>>>(args);
+    if (args.reduction != Reduction::kNone) {
+      sparse_kl_reduce_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
+    }
+    if (args.rows > 0 && args.grad_logits.data) {
+      error = launch_backward<T>(backward_of(args), cuda_stream);
+    }
+  });
   return status_of(error == cudaSuccess ? cudaGetLastError() : error);
 }
 

@@ -92,7 +92,7 @@ struct LogitGradient {
   }
 
   __device__ float dense(float x) const {
-    return factor == 0.f ? 0.f : factor * exp2f(log_softmax(x, stats, 1.f) * kLog2E);
+    return factor == 0.f ? 0.f : factor * fast_exp2(log_softmax(x, stats, 1.f) * kLog2E);
   }
 };
 

@@ -178,6 +178,24 @@ def test_truncating_to_the_smaller_width_makes_no_token_impossible(
     assert_within_budget(ours[:, 1059:], wanted.cpu())
 
 
+def test_padding_of_a_nan_row_stays_padding(device: str, implementation: str) -> None:
+    """Whether lmbda or the logits made the row NaN; and padding gets no gradient."""
+    base = torch.randn(3, 9, device=device)
+    base[1, 2] = torch.nan
+    base.requires_grad_()
+    memory = torch.randn(3, 11, device=device, requires_grad=True)
+    lmbda = torch.tensor([2.0, 0.5, 0.5], device=device)
+    out = fused_interpolate(base, memory, lmbda, vocab_size=7)
+    assert out[:2, :7].isnan().all()
+    assert out[2, :7].isfinite().all()
+    assert (out[:, 7:] == -torch.inf).all()
+    out.backward(torch.ones_like(out))
+    assert base.grad[0, :7].isnan().all()
+    assert base.grad[2].isfinite().all()
+    assert (base.grad[:, 7:] == 0).all()
+    assert (memory.grad[:, 7:] == 0).all()
+
+
 def test_padding_columns_leak_no_mass(device: str, implementation: str) -> None:
     """Padding the narrower model with zero logits gave 1.9 % of the mass to nobody's tokens."""
     base, memory = random_pair((3,), 1187, 1059, device)

@@ -1,0 +1,182 @@
+"""Scores each contender of an evaluation: log p(label) at every held-out position."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from memdec.console import Progress
+from memdec.data.artefact import StageWriter, check_input
+from memdec.data.corpus import TokenCorpus, TokenStream
+from memdec.data.datastore import Datastore
+from memdec.data.targets import TargetStore
+from memdec.evaluation.forward import check_model, forward_blocks, label_log_probs
+from memdec.evaluation.knn_lm import knn_label_log_probs
+from memdec.modeling.key_layer import KeyRecorder
+from memdec.modeling.loading import (
+    compare_tokenizers,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from memdec.evaluation.evaluate import EvalConfig
+
+KNN = "kNN"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a contender scored and what it costs.
+
+    Attributes:
+        log_probs: float32 [positions] per split; for kNN the neighbours alone, without the base.
+        seconds: for the reported split.
+        parameters: of the models it needs beside the base.
+        bytes: of those models, and of the datastore.
+    """
+
+    log_probs: dict[str, np.ndarray]
+    seconds: float
+    parameters: int
+    bytes: int
+
+
+class Contenders:
+    """The models and the datastore of an evaluation, checked to belong together.
+
+    Raises:
+        MemdecError: another tokenizer, or a datastore of another teacher or other tokens.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.corpus = TokenCorpus.open(config.tokens)
+        self.models = {"base": config.base, "memory": config.memory, **config.other_models()}
+        self.teacher = config.teacher or config.base
+        self.splits: list[str] = list(dict.fromkeys(("validation", config.split)))
+        self.datastore: Datastore | None = None
+        tokenizer = self.corpus.tokenizer()
+        for name, model in self.models.items():
+            if has_tokenizer(model):
+                compare_tokenizers(load_tokenizer(model), tokenizer, (name, "the tokens"))
+        if config.datastore is not None and config.targets is not None:
+            self.datastore = Datastore.open(config.datastore, str(self.device))
+            self.targets = TargetStore.open(config.targets)
+            check_input(self.datastore.artefact, "tokens", self.corpus.fingerprint)
+            check_input(self.datastore.artefact, "model", model_fingerprint(self.teacher))
+            check_input(self.targets.artefact, "datastore", self.datastore.fingerprint)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of everything that is read, by name."""
+        found = {name: model_fingerprint(model) for name, model in self.models.items()}
+        found["tokens"] = self.corpus.fingerprint
+        if self.datastore is not None:
+            found["datastore"] = self.datastore.fingerprint
+            found["targets"] = self.targets.artefact.fingerprint
+        return found
+
+    def positions(self, stream: TokenStream) -> int:
+        """How many positions of a split are evaluated: whole blocks, or all."""
+        wanted = self.config.positions
+        if wanted is None:
+            return stream.positions
+        whole_blocks = -(-wanted // self.config.block_size) * self.config.block_size
+        return min(whole_blocks, stream.positions)
+
+    def score(self, writer: StageWriter) -> dict[str, Scored]:
+        """Scores by contender; a contender scored in an earlier run is read back."""
+        scored = {
+            name: self._keep(writer, name, model, self._score_model)
+            for name, model in self.models.items()
+        }
+        if self.datastore is not None:
+            scored[KNN] = self._keep(writer, KNN, self.teacher, self._score_knn)
+        return scored
+
+    def _keep(
+        self,
+        writer: StageWriter,
+        name: str,
+        model_name: str,
+        score: Callable[[str, PreTrainedModel, str], np.ndarray],
+    ) -> Scored:
+        files = {split: f"scores/{split}-{name}.npy" for split in self.splits}
+        if writer.note(name) is None:
+            model = load_model(model_name, device=self.device, dtype=self.config.dtype)
+            check_model(model, self.config.block_size, self.corpus.vocab_size)
+            weights = list(model.parameters())
+            facts: dict[str, float] = {
+                "parameters": sum(weight.numel() for weight in weights),
+                "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+            }
+            if name == KNN:
+                facts = self._knn_size(facts)
+            for split, file in files.items():
+                start = time.monotonic()
+                log_probs = score(name, model, split)
+                if split == self.config.split:
+                    facts["seconds"] = time.monotonic() - start
+                writer.write(file, partial(np.save, arr=log_probs))
+            writer.set_note(name, facts)
+        kept = {split: np.load(writer.file(file)) for split, file in files.items()}
+        return Scored(kept, **writer.note(name))
+
+    def _knn_size(self, teacher: dict[str, float]) -> dict[str, float]:
+        """What the kNN-LM needs beside the base: the datastore, and a teacher other than the base."""
+        assert self.datastore is not None
+        stored = sum(file["bytes"] for file in self.datastore.artefact.manifest["files"].values())
+        if model_fingerprint(self.teacher) == model_fingerprint(self.config.base):
+            return {"parameters": 0, "bytes": stored}
+        return {"parameters": teacher["parameters"], "bytes": teacher["bytes"] + stored}
+
+    def _score_model(self, name: str, model: PreTrainedModel, split: str) -> np.ndarray:
+        stream = self.corpus.split(split)
+        return label_log_probs(
+            model,
+            stream,
+            block_size=self.config.block_size,
+            batch_blocks=self.config.batch_blocks,
+            vocab_size=self.corpus.vocab_size,
+            positions=self.positions(stream),
+            description=f"{name} on {split}",
+        )
+
+    def _score_knn(self, name: str, model: PreTrainedModel, split: str) -> np.ndarray:
+        assert self.datastore is not None
+        stream = self.corpus.split(split)
+        positions = self.positions(stream)
+        result = np.empty(positions, np.float32)
+        batches = forward_blocks(
+            model,
+            stream,
+            block_size=self.config.block_size,
+            batch_blocks=self.config.batch_blocks,
+            vocab_size=self.corpus.vocab_size,
+            positions=positions,
+        )
+        with (
+            KeyRecorder(model, self.datastore.key_layer) as recorder,
+            Progress(f"{name} on {split}", positions, "tokens") as progress,
+        ):
+            for batch in batches:
+                queries = recorder.keys.flatten(0, 1).float().cpu().numpy()
+                distances, ids = self.datastore.search(queries, self.targets.k)
+                result[batch.start : batch.stop] = knn_label_log_probs(
+                    distances,
+                    self.datastore.neighbor_tokens(ids),
+                    stream.read(batch.start + 1, batch.stop + 1),
+                    self.targets.temperature,
+                )
+                progress.advance(batch.stop - batch.start)
+        return result

@@ -1,0 +1,117 @@
+"""The stage ``eval``: base, kNN-LM, memory and joint on the same held-out tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from memdec.config import Config, option, require
+from memdec.console import say
+from memdec.data.artefact import Artefact, StageWriter, stage
+from memdec.errors import MemdecError
+
+KIND = "eval"
+RESULTS = "eval.json"
+PASSAGE = "passage.json"
+
+_OWN_NAMES = ("base", "kNN-LM", "memory", "joint", "kNN", "tokens", "datastore", "targets")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(Config):
+    """Options of ``memdec eval``."""
+
+    tokens: Path = option(help="directory of the stage prepare")
+    base: str = option(help="frozen model: directory, hub name or .gguf file")
+    memory: str = option(help="memory: a model directory, for example out/train/memory")
+    datastore: Path | None = option(None, help="directory of the stage datastore, for the kNN-LM")
+    targets: Path | None = option(None, help="directory of the stage targets: k and temperature")
+    teacher: str | None = option(None, help="model whose keys the datastore holds (default: base)")
+    others: tuple[str, ...] = option((), help="further models to compare, as name=directory")
+    split: Literal["validation", "test"] = option("test", help="split that the table reports")
+    positions: int | None = option(
+        None, help="evaluate only the first so many positions of a split, in whole blocks"
+    )
+    lmbda: float | None = option(
+        None, help="weight of memory and of kNN (default: chosen on validation, for each)"
+    )
+    bootstrap: int = option(1000, help="bootstrap samples of the confidence intervals")
+    block_size: int = option(1024, help="tokens of context in a block")
+    batch_blocks: int = option(4, help="blocks in one forward pass")
+    device: str = option("auto", help="where to run: auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("float32", help="the weights' data type")
+    seed: int = option(0, help="seed of the bootstrap")
+
+    def check(self) -> None:
+        for name in ("bootstrap", "block_size", "batch_blocks"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        if self.positions is not None:
+            require(self.positions >= 1, "positions", "at least 1", self.positions)
+        if self.lmbda is not None:
+            require(0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
+        if (self.datastore is None) != (self.targets is None):
+            raise MemdecError("the kNN-LM needs both datastore and targets, one of them was given")
+        names = [text.partition("=")[0] for text in self.others]
+        for name, text in zip(names, self.others, strict=True):
+            if not re.fullmatch(r"[\w.-]+=.+", text) or name in _OWN_NAMES or names.count(name) > 1:
+                raise MemdecError(
+                    f"others must be name=directory with names of their own, got {text!r}"
+                )
+
+    def other_models(self) -> dict[str, str]:
+        """Name to directory."""
+        return dict(text.split("=", 1) for text in self.others)
+
+
+def evaluate(config: EvalConfig, out: Path) -> Artefact:
+    """Scores every contender on the same held-out tokens; prints and writes the table.
+
+    lmbda is chosen on validation, for joint and kNN-LM each, and used on the reported split.
+
+    Writes ``eval.json``::
+
+        {"split": str, "positions": int, "resampled": "documents" | "blocks",
+         "lmbda": {"joint": float, "kNN-LM": float},
+         "rows": [{"name": "base" | "kNN-LM" | "memory" | "joint" | other, "nll": float,
+                   "perplexity": float, "interval": [low, high] (of perplexity, 95 %),
+                   "gain": nats below base, "gain_interval": [low, high] (paired draws),
+                   "lmbda": float | None, "parameters": int, "bytes": int}],
+         "curves": {"lmbda": [...], "joint": {split: [nll]}, "kNN-LM": {split: [nll]}},
+         "frequency": [{"bucket": "1-9", "low": 1, "high": 9 | None, "positions": int,
+                        "nll": {name: float}}]}
+
+    where an infinite value is None; ``passage.json`` with the probability of each of the first
+    tokens of the split under ``base``, ``memory``, ``joint`` and ``kNN-LM``; ``scores/``, the
+    float32 log-probability of each position's label per split and contender. ``timing.json`` has
+    the seconds that scoring the reported split took, by row.
+
+    Raises:
+        MemdecError: an input that does not belong to the others, named with both fingerprints.
+    """
+    from memdec.evaluation.contenders import Contenders
+    from memdec.evaluation.summary import print_table, row_seconds, summarise
+
+    contenders = Contenders(config)
+    params = config.to_mapping()
+    for name in ("tokens", "base", "memory", "datastore", "targets", "teacher", "others", "device"):
+        del params[name]  # their content counts, by fingerprint, not where they lie
+    with stage(out, KIND, params, contenders.fingerprints()) as writer:
+        if writer.finished:
+            say(f"eval: already done in {out}")
+            artefact = Artefact.open(out, KIND)
+        else:
+            scored = contenders.score(writer)
+            results, passage = summarise(config, contenders.corpus, scored)
+            _write_json(writer, RESULTS, results)
+            _write_json(writer, PASSAGE, passage)
+            artefact = writer.finish(timing=row_seconds(scored))
+        print_table(artefact)
+        return artefact
+
+
+def _write_json(writer: StageWriter, name: str, value: Any) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    writer.write(name, lambda file: file.write(text.encode()))

@@ -1,0 +1,125 @@
+"""One teacher-forced pass of a model over a split: the log-probability of each position's label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from memdec.console import Progress
+from memdec.data.corpus import TokenStream, block_batches
+from memdec.errors import MemdecError
+from memdec.ops import token_log_probs
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Positions [start, stop) of a stream and log p(label), float32 [stop - start]."""
+
+    start: int
+    stop: int
+    log_probs: np.ndarray
+
+
+def forward_blocks(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    *,
+    block_size: int,
+    batch_blocks: int,
+    vocab_size: int,
+    positions: int | None = None,
+) -> Iterator[ForwardBatch]:
+    """Runs the model over a stream's blocks, in order, each block a context of its own.
+
+    The batches have fixed global boundaries: `batch_blocks` whole blocks each, the short last block
+    alone. A caller that needs hidden states enters a ``KeyRecorder`` around the loop and reads it
+    after each batch.
+
+    Args:
+        model: on its device; run in evaluation mode without gradients, left as it was.
+        vocab_size: the tokenizer's real tokens; logits beyond them are padding and take no mass.
+        positions: how many positions to run (default: all of them).
+
+    Raises:
+        MemdecError: the model is narrower than the vocabulary or its context than a block.
+    """
+    check_model(model, block_size, vocab_size)
+    positions = stream.positions if positions is None else positions
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        for start, stop, rows in block_batches(0, positions, block_size, batch_blocks):
+            tokens = torch.from_numpy(stream.read(start, stop + 1).astype(np.int64)).to(device)
+            with torch.inference_mode():
+                logits = model(input_ids=tokens[:-1].view(rows, -1), use_cache=False).logits
+                scores = token_log_probs(
+                    logits, tokens[1:].view(rows, -1), vocab_size=min(vocab_size, logits.shape[-1])
+                )
+            yield ForwardBatch(start, stop, scores.flatten().cpu().numpy())
+    finally:
+        model.train(was_training)
+
+
+def label_log_probs(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    *,
+    block_size: int,
+    batch_blocks: int,
+    vocab_size: int,
+    positions: int | None = None,
+    description: str | None = None,
+) -> np.ndarray:
+    """Log p(label) at every position, float32 [positions]; arguments of :func:`forward_blocks`.
+
+    `description` names the pass in a progress bar; None shows no bar.
+    """
+    total = stream.positions if positions is None else positions
+    result = np.empty(total, np.float32)
+    batches = forward_blocks(
+        model,
+        stream,
+        block_size=block_size,
+        batch_blocks=batch_blocks,
+        vocab_size=vocab_size,
+        positions=positions,
+    )
+    if description is None:
+        for batch in batches:
+            result[batch.start : batch.stop] = batch.log_probs
+    else:
+        with Progress(description, total, "tokens") as progress:
+            for batch in batches:
+                result[batch.start : batch.stop] = batch.log_probs
+                progress.advance(batch.stop - batch.start)
+    return result
+
+
+def check_model(model: PreTrainedModel, block_size: int, vocab_size: int) -> None:
+    """Raises :class:`MemdecError` when the model cannot take the blocks or lacks tokens."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and block_size > context:
+        raise MemdecError(
+            f"block_size must be at most {context}, the context of this {config.model_type}, "
+            f"got {block_size}"
+        )
+    if config.vocab_size < vocab_size:
+        raise MemdecError(
+            f"expected a model with at least the tokenizer's {vocab_size} tokens, "
+            f"this {config.model_type} has {config.vocab_size}"
+        )
+
+
+def check_blocks(stream: TokenStream, block_size: int) -> None:
+    """Raises :class:`MemdecError` when a train split has less than one whole block."""
+    if stream.positions < block_size:
+        raise MemdecError(
+            f"block_size must be at most {stream.positions}, the positions of the train split, "
+            f"got {block_size}; a smaller block_size or a longer corpus is needed"
+        )

@@ -1,0 +1,90 @@
+"""The report's pictures, as SVG that follows the page's text colour."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Mid-tones that can be told apart, by colour-blind readers too, on white and on near-black.
+COLOURS = {"base": "#8a8f98", "joint": "#2f81d6", "kNN-LM": "#d9822b", "memory": "#9a6dd7"}
+# matplotlib writes colours as numbers: this one is replaced by the page's own text colour.
+_TEXT = "#010203"
+
+
+def lmbda_curve(results: Mapping[str, Any]) -> str:
+    """Perplexity against lmbda: the reported split as a line, validation dashed, the choice a dot."""
+    curves = results["curves"]
+    grid, split = curves["lmbda"], results["split"]
+    perplexity = {row["name"]: row["perplexity"] for row in results["rows"]}
+    base = perplexity["base"]
+    figure, axes = _figure("lmbda (0 is the base alone)", "perplexity")
+    axes.axhline(base, color=COLOURS["base"], linewidth=1, linestyle=":", label="base")
+    drawn = [base]
+    for name in ("joint", "kNN-LM"):
+        if name not in curves:
+            continue
+        for which, style in {"validation": "--", split: "-"}.items():
+            points = _perplexities(curves[name][which])
+            drawn += [value for value in points if not math.isnan(value)]
+            axes.plot(grid, points, style, color=COLOURS[name], label=f"{name}, {which}")
+        if perplexity[name] is not None:
+            chosen = results["lmbda"][name]
+            axes.plot([chosen], [perplexity[name]], "o", color=COLOURS[name], markersize=7)
+    # At lmbda 1 a kNN-LM may give a label no mass at all: the interesting part is near the base.
+    axes.set_ylim(0.9 * min(drawn), min(1.02 * max(drawn), 1.6 * base))
+    return _svg(figure, axes, "lmbda")
+
+
+def gains_by_frequency(results: Mapping[str, Any]) -> str:
+    """Nats gained over the base, by how often the label occurs in the train tokens."""
+    buckets = [bucket for bucket in results["frequency"] if bucket["positions"]]
+    names = [name for name in ("joint", "kNN-LM") if name in buckets[0]["nll"]]
+    figure, axes = _figure("occurrences of the token in the train split", "nats gained over base")
+    width = 0.8 / len(names)
+    for column, name in enumerate(names):
+        left = [index + (column - (len(names) - 1) / 2) * width for index in range(len(buckets))]
+        gains = [_gain(bucket["nll"], name) for bucket in buckets]
+        axes.bar(left, gains, width * 0.92, color=COLOURS[name], label=name)
+    axes.axhline(0, color=_TEXT, linewidth=0.8)
+    labels = [f"{bucket['bucket']}\n({bucket['positions']:,})" for bucket in buckets]
+    axes.set_xticks(range(len(buckets)), labels)
+    return _svg(figure, axes, "frequency")
+
+
+def _figure(across: str, up: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(across, color=_TEXT)
+    axes.set_ylabel(up, color=_TEXT)
+    axes.tick_params(colors=_TEXT)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=COLOURS["base"], alpha=0.25, linewidth=0.6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_TEXT)
+    return figure, axes
+
+
+def _svg(figure: Figure, axes: Axes, name: str) -> str:
+    axes.legend(frameon=False, labelcolor=_TEXT)
+    file = io.StringIO()
+    # Text stays text; identifiers differ between the pictures of a page, not between runs.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawing = file.getvalue()
+    return drawing[drawing.index("<svg") :].replace(_TEXT, "currentColor")
+
+
+def _perplexities(nlls: Sequence[float | None]) -> list[float]:
+    return [math.nan if nll is None else math.exp(nll) for nll in nlls]
+
+
+def _gain(nll: Mapping[str, float | None], name: str) -> float:
+    base, other = nll["base"], nll[name]
+    return math.nan if base is None or other is None else base - other

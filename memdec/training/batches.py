@@ -1,0 +1,57 @@
+"""Blocks of the train stream as batches, with their sparse targets where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from memdec.data.corpus import TokenStream
+from memdec.ops import SparseTargets
+
+IGNORE_INDEX = -100
+
+# Positions and their labels in, int64 [n] both; a target row for each out.
+GatherTargets = Callable[[np.ndarray, np.ndarray], SparseTargets]
+
+
+class BlockCollator:
+    """Block numbers in, one batch out.
+
+    ``input_ids`` and ``labels`` are int64 [batch, length]; a short last block is padded at its end
+    with ignored labels, which no earlier position sees. Targets have a row for every label, empty
+    where it is ignored.
+    """
+
+    def __init__(
+        self, stream: TokenStream, block_size: int, gather_targets: GatherTargets | None
+    ) -> None:
+        self.stream = stream
+        self.block_size = block_size
+        self.gather_targets = gather_targets
+
+    def __call__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        blocks = [self.stream.block(number, self.block_size) for number in numbers]
+        length = max(len(inputs) for inputs, _ in blocks)
+        input_ids = np.zeros((len(blocks), length), np.int64)
+        labels = np.full((len(blocks), length), IGNORE_INDEX, np.int64)
+        positions = np.full((len(blocks), length), -1, np.int64)
+        for row, (number, (inputs, expected)) in enumerate(zip(numbers, blocks, strict=True)):
+            start = number * self.block_size
+            input_ids[row, : len(inputs)] = inputs
+            labels[row, : len(inputs)] = expected
+            positions[row, : len(inputs)] = np.arange(start, start + len(inputs))
+        batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        if self.gather_targets is not None:
+            real = positions.ravel() >= 0
+            targets = self.gather_targets(positions.ravel()[real], labels.ravel()[real])
+            batch["target_indptr"] = _with_empty_rows(targets.indptr, real)
+            batch["target_ids"] = targets.token_ids
+            batch["target_probs"] = targets.probs
+        return batch
+
+
+def _with_empty_rows(indptr: torch.Tensor, real: np.ndarray) -> torch.Tensor:
+    """Row offsets for all of `real` [rows]: the given rows in order where true, empty elsewhere."""
+    return indptr[torch.from_numpy(np.concatenate([[0], np.cumsum(real)]))]

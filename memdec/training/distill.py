@@ -1,0 +1,175 @@
+"""The stage ``train``: a memory distilled from the sparse targets of a kNN-LM."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memdec.config import option, require
+from memdec.console import say
+from memdec.data.artefact import Artefact, StageWriter, check_input, stage
+from memdec.data.corpus import TokenCorpus
+from memdec.data.targets import TargetStore
+from memdec.errors import MemdecError
+from memdec.training.options import LoopConfig
+
+if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
+    from transformers import PreTrainedModel
+
+    from memdec.ops import SparseTargets
+    from memdec.training.batches import GatherTargets
+    from memdec.training.trainer import Validate
+
+KIND = "train"
+
+_NOT_A_MODEL = ("teacher", "fresh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """Options of ``memdec train``."""
+
+    tokens: Path = option(help="directory of the stage prepare")
+    targets: Path = option(help="directory of the stage targets")
+    base: str = option(help="frozen model the memory will sit beside; used in validation only")
+    teacher: str = option(help="model whose keys made the targets")
+    memory_init: str = option(
+        "teacher", help="where the memory starts: teacher, fresh, or a model directory or hub name"
+    )
+    memory_layers: int | None = option(None, help="keep this many layers, evenly spaced")
+    memory_width: int | None = option(None, help="width of a fresh memory")
+    alpha: float = option(0.5, help="weight of the KL term; 1 - alpha is the cross-entropy's")
+    learning_rate: float = option(1e-4, help="peak learning rate of AdamW")
+
+    def check(self) -> None:
+        super().check()
+        require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
+        for name in ("memory_layers", "memory_width"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1", value)
+        if self.memory_width is not None and self.memory_init != "fresh":
+            raise MemdecError("memory_width goes with memory_init fresh only")
+
+
+def train(config: TrainConfig, out: Path) -> Artefact:
+    """Trains a memory on ``alpha * KL(target || memory) + (1 - alpha) * CE`` (arXiv 2508.09874).
+
+    The weights kept are those of the validation where base and memory together are best.
+
+    Writes ``memory/``, an ordinary transformers directory with the tokenizer, ``base.npy``, the
+    base's float32 log-probabilities on validation, and ``curve.json``, a row a validation
+    (:func:`memdec.training.trainer.fit`) with the memory's ``nll``, and ``joint_nll`` at ``lmbda``.
+
+    Raises:
+        MemdecError: inputs that do not belong together, named with both fingerprints; a target row
+            that is not of its position and label; a loss that is no longer finite.
+    """
+    from memdec.evaluation.forward import check_model
+    from memdec.modeling.loading import (
+        compare_tokenizers,
+        has_tokenizer,
+        load_tokenizer,
+        model_fingerprint,
+    )
+    from memdec.modeling.memory_init import initial_memory
+    from memdec.training.trainer import best_row, fit
+
+    corpus = TokenCorpus.open(config.tokens)
+    store = TargetStore.open(config.targets)
+    check_input(store.artefact, "tokens", corpus.fingerprint)
+    check_input(store.artefact, "model", model_fingerprint(config.teacher))
+    tokenizer = corpus.tokenizer()
+    models = {"base": config.base, "teacher": config.teacher}
+    if config.memory_init not in _NOT_A_MODEL:
+        models["memory_init"] = config.memory_init
+    for name, model in models.items():
+        if has_tokenizer(model):
+            compare_tokenizers(load_tokenizer(model), tokenizer, (name, "the tokens"))
+    params = config.training_params()
+    for name in ("memory_layers", "memory_width", "alpha"):
+        params[name] = getattr(config, name)
+    if config.memory_init in _NOT_A_MODEL:
+        params["memory_init"] = config.memory_init
+    inputs = {name: model_fingerprint(model) for name, model in models.items()}
+    inputs |= {"tokens": corpus.fingerprint, "targets": store.artefact.fingerprint}
+    with stage(out, KIND, params, inputs) as writer:
+        if writer.finished:
+            say(f"train: already done in {out}")
+            return Artefact.open(out, KIND)
+        memory = initial_memory(
+            config.teacher,
+            config.memory_init,
+            layers=config.memory_layers,
+            width=config.memory_width,
+            seed=config.seed,
+        )
+        check_model(memory, store.block_size, corpus.vocab_size)
+        curve = fit(
+            writer,
+            "memory",
+            memory,
+            tokenizer,
+            corpus.split("train"),
+            config,
+            block_size=store.block_size,
+            validate=_joint_validation(config, writer, corpus, store.block_size),
+            gather_targets=_verified(store),
+            alpha=config.alpha,
+        )
+        parameters = sum(weight.numel() for weight in memory.parameters())
+        return writer.finish(best=best_row(curve), parameters=parameters)
+
+
+def _verified(store: TargetStore) -> GatherTargets:
+    """Gathers rows and checks that each belongs to the position and label it is meant for."""
+
+    def gather(positions: np.ndarray, labels: np.ndarray) -> SparseTargets:
+        rows = store.gather(positions)
+        found = np.stack([rows.positions.numpy(), rows.labels.numpy()])
+        wrong = (found != np.stack([positions, labels])).any(axis=0)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise MemdecError(
+                f"{store.artefact.path}: expected a target row of position {positions[first]} with "
+                f"label {labels[first]}, got position {found[0, first]} with label "
+                f"{found[1, first]}; make the targets again"
+            )
+        return rows.targets
+
+    return gather
+
+
+def _joint_validation(
+    config: TrainConfig, writer: StageWriter, corpus: TokenCorpus, block_size: int
+) -> Validate:
+    """Scores a memory by the nll of base and memory at the best lmbda on validation."""
+    from memdec.evaluation.forward import label_log_probs
+    from memdec.evaluation.mixture import best_lmbda
+    from memdec.modeling.loading import load_model
+
+    def score(model: PreTrainedModel, description: str | None = None) -> np.ndarray:
+        return label_log_probs(
+            model,
+            corpus.split("validation"),
+            block_size=block_size,
+            batch_blocks=config.batch_blocks,
+            vocab_size=corpus.vocab_size,
+            description=description,
+        )
+
+    if not writer.has("base.npy"):
+        base_model = load_model(config.base, device=config.device)
+        array = score(base_model, "base on validation")
+        writer.write("base.npy", lambda file: np.save(file, array))
+    base = np.load(writer.file("base.npy"))
+
+    def validate(memory: PreTrainedModel) -> dict[str, float]:
+        log_probs = score(memory)
+        lmbda, joint_nll = best_lmbda(base, log_probs)
+        nll = -float(log_probs.mean(dtype=np.float64))
+        return {"nll": nll, "joint_nll": joint_nll, "lmbda": lmbda, "score": joint_nll}
+
+    return validate

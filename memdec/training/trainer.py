@@ -1,0 +1,389 @@
+"""The training loop of the adapted teacher, the memory and the demo's base: transformers' Trainer.
+
+Total batch arithmetic: an optimizer step takes ``batch_blocks * gradient_accumulation`` blocks of
+``block_size`` tokens; an epoch has ``ceil(blocks / that)`` steps. Loss and gradient of a step are the
+mean over its tokens, however they are spread over forward passes.
+
+A checkpoint counts once its ``curve.json`` is there, which is written last. So a run that was killed
+goes on from the last whole checkpoint and, on the CPU, ends with the bytes of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from memdec.console import Progress
+from memdec.data.artefact import StageWriter, clear_disk_errors
+from memdec.data.corpus import TokenStream
+from memdec.errors import MemdecError
+from memdec.modeling.loading import pick_device
+from memdec.ops import SparseTargets, sparse_kl_loss
+from memdec.training.batches import IGNORE_INDEX, BlockCollator, GatherTargets
+from memdec.training.options import LoopConfig
+
+CURVE = "curve.json"
+
+# What a validation returns: numbers by name; "score" is the one to minimise.
+Validate = Callable[[PreTrainedModel], dict[str, float]]
+
+
+def fit(
+    writer: StageWriter,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    stream: TokenStream,
+    config: LoopConfig,
+    *,
+    block_size: int,
+    validate: Validate,
+    gather_targets: GatherTargets | None = None,
+    alpha: float = 0.0,
+) -> list[dict[str, float]]:
+    """Trains `model` in place and writes the weights of its best validation.
+
+    Args:
+        writer: gets the model directory `name`, with the tokenizer, and ``curve.json``. Checkpoints
+            and ``log.jsonl`` lie beside them; the checkpoints go when all is written.
+        model: float32 weights; moved to the device.
+        stream: the train tokens.
+        validate: scores the model; called before the first step and ``validations`` times an epoch.
+        gather_targets: the sparse targets of each batch; None trains on cross-entropy alone.
+        alpha: weight of the KL term, 0 without targets.
+
+    Returns:
+        The curve: per validation ``step``, ``epoch``, ``train_loss`` since the last one (and its
+        parts ``train_kl`` and ``train_ce``, with targets), and what `validate` returned.
+
+    Raises:
+        MemdecError: the loss is no longer finite.
+    """
+    work = writer.file("checkpoints")
+    if not writer.has_directory(name):
+        with clear_disk_errors(work):
+            best, curve = _train(
+                work,
+                model,
+                stream,
+                config,
+                block_size=block_size,
+                validate=validate,
+                gather_targets=gather_targets,
+                alpha=alpha,
+                log=writer.file("log.jsonl"),
+            )
+        text = json.dumps(curve, indent=1) + "\n"
+        writer.write(CURVE, lambda file: file.write(text.encode()))
+
+        def copy(path: Path) -> None:
+            shutil.copytree(best, path, dirs_exist_ok=True)
+            tokenizer.save_pretrained(path)
+
+        writer.write_directory(name, copy)
+    shutil.rmtree(work, ignore_errors=True)
+    return json.loads(writer.file(CURVE).read_text())
+
+
+def best_row(curve: list[dict[str, float]]) -> dict[str, float]:
+    """The validation whose weights are kept: the least score, the first of equals."""
+    return min(curve, key=lambda row: row["score"])
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """One progress bar is ours; the bar of each saved model would tear it."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+@_quiet_transformers()
+def _train(
+    work: Path,
+    model: PreTrainedModel,
+    stream: TokenStream,
+    config: LoopConfig,
+    *,
+    block_size: int,
+    validate: Validate,
+    gather_targets: GatherTargets | None,
+    alpha: float,
+    log: Path,
+) -> tuple[Path, list[dict[str, float]]]:
+    """Trains from the last whole checkpoint in `work` on; returns the best weights and the curve."""
+    device = torch.device(pick_device(config.device))
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Trainer takes the current one
+    blocks = stream.blocks(block_size)
+    steps_per_epoch = math.ceil(blocks / (config.batch_blocks * config.gradient_accumulation))
+    total_steps = steps_per_epoch * config.epochs
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, curve = _last_checkpoint(work)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_blocks,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        optim="adamw_torch",
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup_fraction * total_steps),
+        eval_strategy="no",
+        save_strategy="no",  # the schedule below decides when to validate and to save
+        save_total_limit=2,  # the older one must outlive the writing of the newer
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=list(config.report_to) or "none",
+        log_level="error",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        use_cache=True,  # else the saved configuration would switch the cache off for good
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device, never DataParallel
+    trainer = BlockTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=range(blocks),
+        data_collator=BlockCollator(stream, block_size, gather_targets),
+        alpha=alpha,
+        arithmetic=_arithmetic(device, config.dtype),
+    )
+    trainer.remove_callback(PrinterCallback)
+    schedule = _Schedule(
+        trainer,
+        model,
+        validate,
+        curve,
+        every=math.ceil(steps_per_epoch / config.validations),
+        patience=config.patience,
+        work=work,
+    )
+    if not curve:
+        schedule.validate_now(step=0, epoch=0.0)
+    if curve[-1]["step"] < total_steps and not schedule.exhausted():
+        trained = round(curve[-1]["epoch"] * stream.positions)
+        total = config.epochs * stream.positions
+        with Progress("training", total, "tokens", done=trained) as progress:
+            trainer.add_callback(schedule)
+            trainer.add_callback(_Reporter(progress, stream.positions, log))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return schedule.best_weights(), curve
+
+
+class BlockTrainer(Trainer):
+    """Trainer whose loss is ``alpha * KL(target || model) + (1 - alpha) * CE`` on unshifted labels."""
+
+    def __init__(
+        self,
+        *,
+        alpha: float,
+        arithmetic: Callable[[], contextlib.AbstractContextManager],
+        **rest: Any,
+    ) -> None:
+        super().__init__(**rest)
+        self.alpha = alpha
+        self.arithmetic = arithmetic
+        # The loss is already divided by the tokens of the whole step (get_batch_samples).
+        self.model_accepts_loss_kwargs = True
+        # Sums of loss, kl and ce since the last validation.
+        self.loss_sums = torch.zeros(3, device=self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The batches of one step and its counted tokens; Trainer's own count assumes a shift."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [batch["labels"].ne(IGNORE_INDEX).sum() for batch in batches]
+        return batches, torch.stack(counts).sum().to(device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        # Autocast is ours: accelerate's would copy the logits to float32, and they are the largest
+        # tensor of all.
+        with self.arithmetic():
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        labels = inputs["labels"]
+        if "target_indptr" in inputs:
+            targets = SparseTargets(
+                inputs["target_indptr"], inputs["target_ids"], inputs["target_probs"], None
+            )
+        else:
+            targets = _no_targets(labels)
+        parts = sparse_kl_loss(
+            logits,
+            targets,
+            labels,
+            alpha=self.alpha,
+            ignore_index=IGNORE_INDEX,
+            normalizer=num_items_in_batch,
+        )
+        self.loss_sums += torch.stack([parts.loss.detach(), parts.kl, parts.ce])
+        return parts.loss
+
+
+def _no_targets(labels: torch.Tensor) -> SparseTargets:
+    """An empty row for each label: with alpha 0 the loss is then plain cross-entropy."""
+    return SparseTargets(
+        torch.zeros(labels.numel() + 1, dtype=torch.int64, device=labels.device),
+        torch.empty(0, dtype=torch.int32, device=labels.device),
+        torch.empty(0, dtype=torch.float32, device=labels.device),
+        None,
+    )
+
+
+def _arithmetic(
+    device: torch.device, dtype: str
+) -> Callable[[], contextlib.AbstractContextManager]:
+    reduced = dtype == "bfloat16" or (
+        dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=reduced)
+
+
+class _Schedule(TrainerCallback):
+    """Validates, saves and stops; what it knows is the curve, which travels with each checkpoint."""
+
+    def __init__(
+        self,
+        trainer: BlockTrainer,
+        model: PreTrainedModel,
+        validate: Validate,
+        curve: list[dict[str, float]],
+        *,
+        every: int,
+        patience: int,
+        work: Path,
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.validate = validate
+        self.curve = curve
+        self.every = every
+        self.patience = patience
+        self.work = work
+
+    def validate_now(self, step: int, epoch: float) -> None:
+        row = {"step": step, "epoch": epoch}
+        if step > 0:
+            loss, kl, ce = (self.trainer.loss_sums / (step - self.curve[-1]["step"])).tolist()
+            row |= {"train_loss": loss}
+            if self.trainer.alpha > 0:
+                row |= {"train_kl": kl, "train_ce": ce}
+            self.trainer.loss_sums.zero_()
+        with self.trainer.arithmetic():
+            row |= self.validate(self.model)
+        if not math.isfinite(row["score"]):
+            raise MemdecError(
+                f"the loss on validation is {row['score']} after {step} steps; "
+                "try a smaller learning_rate"
+            )
+        self.curve.append(row)
+        if best_row(self.curve) is row:
+            # Renamed when whole; the former best goes only after the next checkpoint is whole.
+            temporary = self.work / "best.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.model.save_pretrained(temporary)
+            shutil.rmtree(self.best_weights(), ignore_errors=True)
+            os.replace(temporary, self.best_weights())
+
+    def best_weights(self) -> Path:
+        return self.work / f"best-{best_row(self.curve)['step']}"
+
+    def exhausted(self) -> bool:
+        since_best = sum(row["step"] > best_row(self.curve)["step"] for row in self.curve)
+        return 0 < self.patience <= since_best
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            self.validate_now(state.global_step, state.epoch)
+            control.should_log = control.should_save = True
+            control.should_training_stop |= self.exhausted()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        marker = self.work / f"checkpoint-{state.global_step}" / CURVE
+        temporary = marker.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.curve))
+        os.replace(temporary, marker)
+        for path in self.work.glob("best-*"):
+            if path != self.best_weights():
+                shutil.rmtree(path)
+
+
+def _last_checkpoint(work: Path) -> tuple[Path | None, list[dict[str, float]]]:
+    """The newest whole checkpoint and its curve; what a killed run left half-written is removed."""
+    whole = []
+    for path in work.glob("checkpoint-*"):
+        if (path / CURVE).is_file():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    if not whole:
+        return None, []
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    return newest, json.loads((newest / CURVE).read_text())
+
+
+class _Reporter(TrainerCallback):
+    """Progress for the person, ``log.jsonl`` for plots."""
+
+    def __init__(self, progress: Progress, positions: int, log: Path) -> None:
+        self.progress = progress
+        self.positions = positions
+        self.log = log
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.advance(round(state.epoch * self.positions) - self.progress.count)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.progress.advance(0, f"loss {logs['loss']:.3f}")
+        with open(self.log, "a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,242 @@
+"""Search: exact against a float64 oracle, FAISS against what FAISS may hand back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_tiny import needs_faiss
+
+from memdec.data import index as index_module
+from memdec.data.index import ExactIndex, FaissIndex, build_faiss, choose_index, write_faiss
+from memdec.errors import MemdecError
+
+WIDTH = 24
+
+
+def oracle(
+    queries: np.ndarray, keys: np.ndarray, k: int, exclude: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """All distances in float64, sorted by (distance, id)."""
+    difference = queries[:, None].astype(np.float64) - keys[None].astype(np.float64)
+    distances = np.square(difference).sum(-1)
+    ids = np.broadcast_to(np.arange(len(keys)), distances.shape).copy()
+    if exclude is not None:
+        ids[ids == exclude[:, None]] = -1
+        distances[ids < 0] = np.inf
+    order = np.lexsort((ids, distances), axis=1)[:, :k]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def make_keys(count: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return (generator.standard_normal((count, WIDTH)) + offset).astype(np.float16)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
+
+
+@pytest.fixture(params=["one chunk", "many chunks", "not resident"])
+def memory(request, monkeypatch):
+    """The ways the keys can be cut and kept."""
+    if request.param != "one chunk":
+        monkeypatch.setattr(index_module, "_KEYS_A_CHUNK", 70)
+    if request.param == "not resident":
+        monkeypatch.setattr(index_module, "_RESIDENT_BYTES", 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("k", [1, 7, 299, 300])
+def test_exact_search_finds_the_nearest(device, k):
+    keys = make_keys(300)
+    queries = make_keys(40, seed=1).astype(np.float32)
+    distances, ids = ExactIndex([keys[:101], keys[101:]], device).search(queries, k, None)
+    expected, expected_ids = oracle(queries, keys, k)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(distances, expected, rtol=1e-5)
+    assert distances.dtype == np.float32
+    assert ids.dtype == np.int64
+
+
+@pytest.mark.usefixtures("memory")
+def test_equal_distances_come_by_id_at_the_cut_too(device):
+    distinct = make_keys(30)
+    which = np.random.default_rng(2).integers(0, len(distinct), 400)
+    keys = distinct[which]
+    queries = make_keys(50, seed=3).astype(np.float32)
+    for k in (1, 5, 50, 399):
+        _, ids = ExactIndex([keys], device).search(queries, k, None)
+        np.testing.assert_array_equal(ids, oracle(queries, keys, k)[1])
+
+
+def test_equal_keys_are_equally_far_in_the_last_columns_of_a_product_too(device, monkeypatch):
+    """A matrix product may round the columns at its edge in another way than the others."""
+    distinct = make_keys(300)
+    keys = distinct[np.random.default_rng(0).integers(0, len(distinct), 3000)]
+    queries = make_keys(200, seed=3).astype(np.float32)
+    monkeypatch.setattr(index_module, "_KEYS_A_CHUNK", 333)
+    _, ids = ExactIndex([keys], device).search(queries, 100, None)
+    np.testing.assert_array_equal(ids, oracle(queries, keys, 100)[1])
+
+
+def test_all_keys_equal(device):
+    keys = np.repeat(make_keys(1), 200, axis=0)
+    _, ids = ExactIndex([keys], device).search(keys[:3], 10, np.array([0, 5, 150]))
+    assert ids.tolist() == [[*range(1, 11)], [0, 1, 2, 3, 4, 6, 7, 8, 9, 10], [*range(10)]]
+
+
+@pytest.mark.usefixtures("memory")
+def test_self_is_left_out_by_id_not_by_place(device):
+    """A twin at distance 0 with a lower id stays; dropping the first column would drop it."""
+    keys = make_keys(150)
+    keys[120] = keys[3]
+    own = np.array([120, 3, 7])
+    _, ids = ExactIndex([keys], device).search(keys[own], 4, own)
+    np.testing.assert_array_equal(ids, oracle(keys[own], keys, 4, own)[1])
+    assert ids[0, 0] == 3
+    assert ids[1, 0] == 120
+
+
+def test_no_exclusion_is_minus_one(device):
+    keys = make_keys(50)
+    exclude = np.array([-1, 1])
+    _, ids = ExactIndex([keys], device).search(keys[:2], 3, exclude)
+    np.testing.assert_array_equal(ids, oracle(keys[:2], keys, 3, exclude)[1])
+
+
+@pytest.mark.usefixtures("memory")
+def test_too_few_keys_are_padded_at_the_end(device):
+    keys = make_keys(3)
+    distances, ids = ExactIndex([keys], device).search(keys[:2], 5, np.array([0, -1]))
+    assert ids[0, 2:].tolist() == [-1, -1, -1]
+    assert ids[1, 3:].tolist() == [-1, -1]
+    assert np.isinf(distances[0, 2:]).all()
+    assert np.isfinite(distances[0, :2]).all()
+    assert sorted(ids[0, :2].tolist()) == [1, 2]
+
+
+def test_a_large_common_offset_costs_no_digits(device):
+    keys = make_keys(300, offset=100.0)
+    queries = keys[:20].astype(np.float32) + 0.25
+    distances, _ = ExactIndex([keys], device).search(queries, 50, None)
+    np.testing.assert_allclose(distances, oracle(queries, keys, 50)[0], rtol=1e-4)
+
+
+def test_no_query_gives_no_row(device):
+    distances, ids = ExactIndex([make_keys(9)], device).search(np.empty((0, WIDTH)), 4, None)
+    assert distances.shape == ids.shape == (0, 4)
+
+
+def test_queries_beyond_a_batch(device, monkeypatch):
+    keys = make_keys(90)
+    own = np.arange(90)
+    whole = ExactIndex([keys], device).search(keys, 5, own)
+    monkeypatch.setattr(index_module, "_QUERIES_A_BATCH", 32)
+    np.testing.assert_array_equal(ExactIndex([keys], device).search(keys, 5, own)[1], whole[1])
+
+
+# FAISS
+
+
+def saved(spec: str, keys: list[np.ndarray], path: Path, seed: int = 0) -> Path:
+    with open(path, "wb") as file:
+        write_faiss(build_faiss(spec, keys, seed), file)
+    return path
+
+
+@needs_faiss
+@pytest.mark.parametrize("spec", ["IVF8,Flat", "IVF8,SQfp16", "OPQ4,IVF8,Flat", "HNSW16"])
+def test_faiss_indexes_find_what_exact_search_finds(tmp_path, spec):
+    keys = make_keys(400)
+    own = np.arange(0, 400, 7)
+    path = saved(spec, [keys[:150], keys[150:]], tmp_path / "index")
+    _, ids = FaissIndex(path, nprobe=8).search(keys[own], 5, own)
+    expected = oracle(keys[own], keys, 5, own)[1]
+    assert (ids == expected).mean() > (0.95 if spec == "HNSW16" else 0.99)
+
+
+@needs_faiss
+def test_nprobe_reaches_an_index_behind_a_transform(tmp_path):
+    keys = make_keys(400)
+    path = saved("OPQ4,IVF8,Flat", [keys], tmp_path / "index")
+    few = FaissIndex(path, nprobe=1).search(keys, 200, None)[1]
+    all_lists = FaissIndex(path, nprobe=8).search(keys, 200, None)[1]
+    assert (few < 0).any()
+    assert (all_lists >= 0).all()
+
+
+@needs_faiss
+def test_lists_with_too_few_keys_give_minus_one_at_the_end(tmp_path):
+    keys = make_keys(100)
+    own = np.arange(100)
+    path = saved("IVF16,Flat", [keys], tmp_path / "index")
+    distances, ids = FaissIndex(path, nprobe=1).search(keys, 60, own)
+    missing = ids < 0
+    assert missing.any()
+    assert np.isinf(distances[missing]).all()
+    assert np.isfinite(distances[~missing]).all()
+    assert (np.diff(missing.astype(int), axis=1) >= 0).all()
+    assert not (ids == own[:, None]).any()
+
+
+@needs_faiss
+def test_unsorted_answers_with_gaps_and_self_anywhere_are_put_right(tmp_path, monkeypatch):
+    import faiss
+
+    class Answers:
+        def search(self, queries, k):
+            assert k == 5
+            distances = [[3.0, 0.5, 0.5, -1e-7, 9.0], [1.0, 7.0, 2.0, 3.0, 4.0]]
+            ids = [[4, 9, 2, 7, -1], [-1, 6, 5, -1, 8]]
+            return np.array(distances, np.float32), np.array(ids)
+
+    monkeypatch.setattr(faiss, "read_index", lambda *_: Answers())
+    monkeypatch.setattr(faiss, "try_extract_index_ivf", lambda _: None)
+    queries = np.zeros((2, WIDTH), np.float32)
+    distances, ids = FaissIndex(tmp_path, 1).search(queries, 4, np.array([4, 0]))
+    assert ids.tolist() == [[7, 2, 9, -1], [5, 8, 6, -1]]
+    assert distances.tolist() == [[0.0, 0.5, 0.5, np.inf], [2.0, 4.0, 7.0, np.inf]]
+
+
+@needs_faiss
+def test_the_same_seed_builds_the_same_bytes(tmp_path):
+    keys = make_keys(20_000)
+    first = saved("IVF8,Flat", [keys], tmp_path / "a").read_bytes()
+    assert saved("IVF8,Flat", [keys], tmp_path / "b").read_bytes() == first
+    assert saved("IVF8,Flat", [keys], tmp_path / "c", seed=1).read_bytes() != first
+
+
+@needs_faiss
+def test_auto_is_exact_up_to_a_million_keys():
+    assert choose_index("auto", 1 << 20, 64) == "Flat"
+    assert choose_index("auto", (1 << 20) + 1, 64) == "IVF4096,SQfp16"
+    assert choose_index("Flat", 1 << 40, 64) == "Flat"
+
+
+@needs_faiss
+def test_an_unknown_index_is_named():
+    with pytest.raises(MemdecError, match="FAISS makes no index of width 24 from 'Tree9'"):
+        choose_index("Tree9", 1000, WIDTH)
+
+
+@needs_faiss
+def test_too_few_keys_to_train_on():
+    with pytest.raises(MemdecError, match="IVF64,Flat has 64 lists, more than the 20 keys"):
+        choose_index("IVF64,Flat", 20, WIDTH)
+    with pytest.raises(MemdecError, match=r"FAISS cannot train PQ4x8 on 100 keys: .*\(100\)"):
+        build_faiss("PQ4x8", [make_keys(100)], 0)
+
+
+def test_faiss_is_asked_for_only_where_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert choose_index("auto", 1000, WIDTH) == "Flat"
+    with pytest.raises(MemdecError, match="pip install faiss-cpu"):
+        choose_index("IVF8,Flat", 1000, WIDTH)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from killed import contents, run_killed
+
+from memdec.data.corpus import TokenCorpus
+from memdec.data.datastore import Datastore
+from memdec.data.targets import TargetStore
+from memdec.errors import MemdecError
+from memdec.evaluation.evaluate import EvalConfig, evaluate
+from memdec.modeling.key_layer import KeyRecorder
+from memdec.modeling.loading import load_model
+from memdec.ops import fused_interpolate, knn_scatter
+from memdec.training.adapt import AdaptConfig, adapt
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory) -> EvalConfig:
+    root = tmp_path_factory.mktemp("models")
+    options = {"tokens": tiny.tokens, "block_size": tiny.block_size, "device": "cpu"}
+    adapt(AdaptConfig(model=tiny.model, learning_rate=1e-2, **options), root / "memory")
+    return EvalConfig(
+        base=tiny.model,
+        memory=str(root / "memory" / "model"),
+        datastore=tiny.datastore,
+        targets=tiny.targets,
+        others=(f"same={tiny.model}",),
+        bootstrap=200,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "eval"
+    evaluate(config, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(evaluated) -> dict:
+    return json.loads((evaluated / "eval.json").read_text())
+
+
+def rows(results: dict) -> dict[str, dict]:
+    return {row["name"]: row for row in results["rows"]}
+
+
+def test_every_contender_is_scored_on_the_same_tokens(results, tiny):
+    assert list(rows(results)) == ["base", "kNN-LM", "memory", "joint", "same"]
+    assert results["split"] == "test"
+    assert results["positions"] == TokenCorpus.open(tiny.tokens).split("test").positions
+    for row in results["rows"]:
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+        assert row["interval"][0] < row["perplexity"] < row["interval"][1]
+        assert row["gain_interval"][0] <= row["gain"] <= row["gain_interval"][1]
+    assert rows(results)["joint"]["nll"] < rows(results)["base"]["nll"] - 0.5
+    assert rows(results)["same"]["gain_interval"] == [0.0, 0.0]
+
+
+def test_joint_is_the_mixture_of_the_models_outputs(config, results, tiny):
+    """By the op that generation uses, over whole distributions."""
+    stream = TokenCorpus.open(tiny.tokens).split("test")
+    base, memory = load_model(config.base), load_model(config.memory)
+    lmbda = results["lmbda"]["joint"]
+    total = 0.0
+    for number in range(stream.blocks(tiny.block_size)):
+        inputs, labels = (
+            torch.from_numpy(part.astype(np.int64))
+            for part in stream.block(number, tiny.block_size)
+        )
+        with torch.no_grad():
+            log_probs = fused_interpolate(
+                base(inputs[None]).logits[0], memory(inputs[None]).logits[0], lmbda, vocab_size=62
+            )
+        total -= log_probs[torch.arange(len(labels)), labels].double().sum().item()
+    assert rows(results)["joint"]["nll"] == pytest.approx(total / stream.positions, rel=1e-5)
+
+
+def test_the_knn_lm_is_the_mixture_with_dense_targets(config, results, tiny):
+    stream = TokenCorpus.open(tiny.tokens).split("test")
+    store, targets = Datastore.open(tiny.datastore), TargetStore.open(tiny.targets)
+    model = load_model(config.base)
+    lmbda = results["lmbda"]["kNN-LM"]
+    total = 0.0
+    for number in range(stream.blocks(tiny.block_size)):
+        inputs, labels = stream.block(number, tiny.block_size)
+        with torch.no_grad(), KeyRecorder(model) as recorder:
+            logits = model(torch.from_numpy(inputs.astype(np.int64))[None]).logits[0, :, :62]
+        distances, ids = store.search(recorder.keys[0].numpy(), targets.k)
+        knn = knn_scatter(
+            torch.from_numpy(distances),
+            torch.from_numpy(store.neighbor_tokens(ids)),
+            temperature=targets.temperature,
+        ).to_dense(62)
+        mixed = (1 - lmbda) * logits.double().softmax(-1) + lmbda * knn.double()
+        total -= mixed[torch.arange(len(labels)), torch.from_numpy(labels).long()].log().sum()
+    assert rows(results)["kNN-LM"]["nll"] == pytest.approx(
+        float(total) / stream.positions, rel=1e-4
+    )
+
+
+def test_lmbda_is_chosen_on_validation(results):
+    for name in ("joint", "kNN-LM"):
+        curve = results["curves"][name]["validation"]
+        finite = [math.inf if nll is None else nll for nll in curve]
+        assert results["lmbda"][name] == results["curves"]["lmbda"][int(np.argmin(finite))]
+        reported = results["curves"][name]["test"]
+        at = results["curves"]["lmbda"].index(results["lmbda"][name])
+        assert reported[at] == pytest.approx(rows(results)[name]["nll"])
+        assert reported[0] == pytest.approx(rows(results)["base"]["nll"])
+
+
+def test_the_frequency_buckets_hold_every_position_once(results):
+    buckets = results["frequency"]
+    assert sum(bucket["positions"] for bucket in buckets) == results["positions"]
+    for name, row in rows(results).items():
+        parts = [b["positions"] * b["nll"][name] for b in buckets if b["positions"]]
+        assert sum(parts) / results["positions"] == pytest.approx(row["nll"])
+    assert all(b["low"] == 0 or b["high"] is None or b["low"] <= b["high"] for b in buckets)
+
+
+def test_the_passage_is_the_head_of_the_split(evaluated, results, tiny):
+    passage = json.loads((evaluated / "passage.json").read_text())
+    corpus = TokenCorpus.open(tiny.tokens)
+    labels = corpus.split("test").read(1, 11).tolist()
+    assert passage["tokens"][:10] == [corpus.tokenizer().decode([token]) for token in labels]
+    scores = np.load(evaluated / "scores" / "test-base.npy")
+    np.testing.assert_allclose(passage["base"][:10], np.exp(scores[:10]), atol=1e-7)
+    lmbda = results["lmbda"]["joint"]
+    mixed = (1 - lmbda) * np.array(passage["base"]) + lmbda * np.array(passage["memory"])
+    np.testing.assert_allclose(passage["joint"], mixed, atol=1e-7)
+
+
+def test_sizes_and_seconds_of_each(evaluated, results, tiny):
+    parameters = sum(weight.numel() for weight in load_model(tiny.model).parameters())
+    by_name = rows(results)
+    assert by_name["base"]["parameters"] == parameters
+    assert by_name["base"]["bytes"] == 4 * parameters
+    assert by_name["joint"]["parameters"] == 2 * parameters
+    stored = sum((tiny.datastore / name).stat().st_size for name in ["keys/keys-00000.npy"])
+    assert by_name["kNN-LM"]["bytes"] > 4 * parameters + stored
+    seconds = json.loads((evaluated / "timing.json").read_text())
+    assert set(by_name) <= set(seconds)
+    assert seconds["joint"] == pytest.approx(seconds["base"] + seconds["memory"])
+
+
+def test_the_same_request_gives_the_same_bytes_and_a_rerun_prints_the_table(
+    evaluated, config, tmp_path, capsys
+):
+    evaluate(config, tmp_path / "eval")
+    assert contents(tmp_path / "eval") == contents(evaluated)
+    capsys.readouterr()
+    evaluate(config, evaluated)
+    printed = capsys.readouterr()
+    assert "already done" in printed.err
+    assert "joint" in printed.out
+
+
+def test_killed_it_goes_on_with_the_contenders_that_are_left(evaluated, config, tmp_path):
+    out = tmp_path / "eval"
+    for moment, count in [("rename", 10), ("rename", 15), ("manifest", 1)]:
+        assert run_killed(evaluate, config, out, moment, count), (moment, count)
+    evaluate(config, out)
+    assert contents(out) == contents(evaluated)
+
+
+def test_a_given_lmbda_is_used_and_kNN_is_optional(config, tmp_path):
+    given = dataclasses.replace(
+        config, lmbda=0.25, datastore=None, targets=None, others=(), positions=100
+    )
+    evaluate(given, tmp_path / "eval")
+    results = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert results["lmbda"] == {"joint": 0.25}
+    assert list(rows(results)) == ["base", "memory", "joint"]
+    assert results["positions"] == 128  # whole blocks of 32
+
+
+def test_a_knn_lm_that_gives_a_label_no_mass_is_infinite_not_a_crash(config, tmp_path):
+    evaluate(dataclasses.replace(config, lmbda=1.0, others=()), tmp_path / "eval")
+    results = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert rows(results)["kNN-LM"]["nll"] is None
+    assert rows(results)["joint"]["nll"] == pytest.approx(rows(results)["memory"]["nll"])
+
+
+def test_a_datastore_of_another_teacher_is_refused(config, tmp_path):
+    other = dataclasses.replace(config, teacher=config.memory)
+    with pytest.raises(MemdecError, match=r"datastore was made with model \w{12}, this run has"):
+        evaluate(other, tmp_path / "eval")
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lmbda": 1.5}, r"lmbda must be in \[0, 1\], got 1.5"),
+        ({"targets": None}, "needs both datastore and targets"),
+        ({"others": ("joint=x",)}, "names of their own, got 'joint=x'"),
+        ({"others": ("x",)}, "must be name=directory"),
+        ({"bootstrap": 0}, "bootstrap must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused(changes, message, config):
+    with pytest.raises(MemdecError, match=message):
+        dataclasses.replace(config, **changes)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from killed import contents, run_killed
+from safetensors.torch import load_file, save_file
+
+from memdec.data.artefact import file_sha256
+from memdec.errors import MemdecError
+from memdec.training.distill import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def config(tiny) -> TrainConfig:
+    return TrainConfig(
+        tokens=tiny.tokens,
+        targets=tiny.targets,
+        base=tiny.model,
+        teacher=tiny.model,
+        memory_layers=2,
+        learning_rate=1e-2,
+        epochs=2,
+        validations=2,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "train"
+    train(config, out)
+    return out
+
+
+def test_the_memory_learns_and_helps_the_base(trained):
+    from memdec.modeling.loading import load_model, load_tokenizer
+
+    curve = json.loads((trained / "curve.json").read_text())
+    best = json.loads((trained / "manifest.json").read_text())["best"]
+    base_nll = -np.load(trained / "base.npy").mean(dtype=float)
+    assert best["joint_nll"] == min(row["joint_nll"] for row in curve) < base_nll - 0.3
+    assert 0 < best["lmbda"] <= 1
+    assert load_model(trained / "memory").config.n_layer == 2
+    assert len(load_tokenizer(trained / "memory")) == 62
+
+
+def test_the_loss_is_alpha_kl_and_the_rest_cross_entropy(config, trained, tmp_path):
+    row = json.loads((trained / "curve.json").read_text())[1]
+    assert row["train_loss"] == pytest.approx(0.5 * row["train_kl"] + 0.5 * row["train_ce"])
+    assert row["train_kl"] > 0
+    for alpha, part in [(1.0, "train_kl"), (0.25, None)]:
+        out = tmp_path / str(alpha)
+        train(dataclasses.replace(config, alpha=alpha, epochs=1, validations=1), out)
+        row = json.loads((out / "curve.json").read_text())[1]
+        mixed = alpha * row["train_kl"] + (1 - alpha) * row["train_ce"]
+        assert row["train_loss"] == pytest.approx(row[part] if part else mixed)
+
+
+def test_gradient_accumulation_changes_rounding_only(config, tmp_path):
+    """Eight blocks at once, or in four passes, are the same step (flash-linear-attention#539)."""
+    losses = []
+    for blocks, passes in [(8, 1), (2, 4)]:
+        out = tmp_path / f"{blocks}"
+        one_step = dataclasses.replace(
+            config,
+            memory_init=_without_dropout(config.teacher, tmp_path / "init"),
+            memory_layers=None,
+            batch_blocks=blocks,
+            gradient_accumulation=passes,
+            epochs=1,
+            validations=1,
+        )
+        train(one_step, out)
+        losses.append(json.loads((out / "curve.json").read_text())[1])
+    assert losses[0]["train_loss"] == pytest.approx(losses[1]["train_loss"], rel=1e-5)
+    assert losses[0]["nll"] == pytest.approx(losses[1]["nll"], rel=1e-4)
+
+
+def _without_dropout(model: str, path: Path) -> str:
+    if not path.exists():
+        shutil.copytree(model, path)
+        values = json.loads((path / "config.json").read_text())
+        values |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        (path / "config.json").write_text(json.dumps(values))
+    return str(path)
+
+
+def test_the_same_seed_gives_the_same_bytes(trained, config, tmp_path):
+    train(config, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(trained)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(trained, config, tmp_path):
+    out = tmp_path / "train"
+    moments = [
+        ("rename", 3),  # the base's scores, before any training
+        ("forward pass", 9),
+        ("part of a checkpoint", 3),
+        ("result", 1),
+    ]
+    for moment, count in moments:
+        assert run_killed(train, config, out, moment, count), (moment, count)
+    train(config, out)
+    assert contents(out) == contents(trained)
+
+
+@pytest.mark.parametrize("field", ["position", "label"])
+def test_a_target_row_of_another_token_stops_the_training(field, config, tiny, tmp_path):
+    """Forks of the official code trained on rows that no longer matched, or trimmed them."""
+    targets = tmp_path / "targets"
+    shutil.copytree(tiny.targets, targets)
+    (shard,) = targets.glob("targets/*.safetensors")
+    tensors = load_file(shard)
+    tensors[field] = tensors[field].clone()
+    tensors[field][100] += 1
+    save_file(tensors, shard)
+    manifest = json.loads((targets / "manifest.json").read_text())
+    name = str(shard.relative_to(targets))
+    manifest["files"][name] = {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    (targets / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MemdecError, match="expected a target row of position 100 with label"):
+        train(dataclasses.replace(config, targets=targets), tmp_path / "train")
+
+
+def test_inputs_of_other_stages_are_refused(config, tiny, tmp_path):
+    other = tiny.save_other_model(tmp_path / "other")
+    with pytest.raises(
+        MemdecError, match=r"targets was made with model \w{12}, this run has \w{12}"
+    ):
+        train(dataclasses.replace(config, teacher=other), tmp_path / "train")
+    with pytest.raises(MemdecError, match="expected a targets directory"):
+        train(dataclasses.replace(config, targets=tiny.tokens), tmp_path / "train")
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
+        ({"memory_layers": 0}, "memory_layers must be at least 1, got 0"),
+        ({"memory_width": 16}, "memory_width goes with memory_init fresh only"),
+    ],
+)
+def test_bad_options_are_refused(changes, message, config):
+    with pytest.raises(MemdecError, match=message):
+        dataclasses.replace(config, **changes)
