@@ -1,6 +1,6 @@
 """Calls every CUDA kernel on small, ugly inputs: the program that compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def test_the_passage_is_the_head_of_the_split(evaluated, results, tiny):
     passage = json.loads((evaluated / "passage.json").read_text())
     corpus = TokenCorpus.open(tiny.tokens)
     labels = corpus.split("test").read(1, 11).tolist()
-    assert passage["tokens"][:10] == [corpus.tokenizer().decode([token]) for token in labels]
+    assert "".join(passage["tokens"][:10]) == corpus.tokenizer().decode(labels)
+    assert all(passage["tokens"][:10])
     scores = np.load(evaluated / "scores" / "test-base.npy")
     np.testing.assert_allclose(passage["base"][:10], np.exp(scores[:10]), atol=1e-7)
     lmbda = results["lmbda"]["joint"]
@@ -210,3 +211,16 @@ def test_a_datastore_of_another_teacher_is_refused(config, tmp_path):
 def test_bad_options_are_refused(changes, message, config):
     with pytest.raises(MemdecError, match=message):
         dataclasses.replace(config, **changes)
+
+
+def test_a_character_cut_into_tokens_comes_with_the_last_of_them():
+    from memdec.demo.model import train_tokenizer
+    from memdec.evaluation.summary import _pieces
+
+    tokenizer = train_tokenizer(["plain words"], 300)
+    text = "a \u201cb\u201d \U0001f600"
+    tokens = tokenizer(text).input_ids
+    pieces = _pieces(tokenizer, tokens)
+    assert len(pieces) == len(tokens) > len(text)
+    assert "".join(pieces) == text
+    assert {"\u201c", "\u201d", "\U0001f600"} <= set(pieces)

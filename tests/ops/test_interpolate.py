@@ -453,14 +453,15 @@ def test_out_is_written_and_returned(device: str, implementation: str) -> None:
 
 def test_out_rows_may_be_strided_and_their_gaps_stay(device: str, implementation: str) -> None:
     base, memory = random_pair((2, 2), 65, 65, device)
-    wanted = fused_interpolate(base, memory, 0.3)
+    wanted = oracle.interpolate(base, memory, 0.3)
     for out in (
         torch.full((2, 2, 80), 7.0, device=device)[..., :65],
         torch.full((2, 3, 3, 80), 7.0, device=device)[:, :2, 0, :65],
         torch.full((2, 2, 65), 7.0, device=device).transpose(0, 1),
     ):
         fused_interpolate(base, memory, 0.3, out=out)
-        assert torch.equal(out, wanted)
+        # Rows that lie otherwise may be another kernel's: the budget holds, not every bit.
+        assert_within_budget(out, wanted)
         storage = torch.empty(0, device=device).set_(out.untyped_storage())
         assert (storage == 7.0).sum() == storage.numel() - wanted.numel()
 
@@ -492,7 +493,7 @@ def test_out_may_share_storage_with_an_input_but_no_element(
     base, memory = random_pair((3,), 65, 65, device)
     storage = torch.cat([base, base])
     out = fused_interpolate(storage[:3], memory, 0.3, out=storage[3:])
-    assert torch.equal(out, fused_interpolate(base, memory, 0.3))
+    assert_within_budget(out, oracle.interpolate(base, memory, 0.3))
     with pytest.raises(ValueError, match="overlap an input"):
         fused_interpolate(storage[:3], memory, 0.3, out=storage[2:5])
 
