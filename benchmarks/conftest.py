@@ -141,6 +141,7 @@ class Contest:
 @pytest.fixture
 def contest(benchmark: Any, device: str, copy_bandwidth: float) -> Contest:
     torch.manual_seed(0)
+    torch.compiler.reset()  # else many shapes reach the recompile limit, and run eagerly
     return Contest(benchmark, device, copy_bandwidth)
 
 
