@@ -34,6 +34,8 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
             "CMAKE_BUILD_TYPE": "Release",
+            # pip builds in a fresh environment each time: the one in CMake's cache may be gone.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "MEMDEC_CUDA": os.environ.get("MEMDEC_CUDA", "auto"),
