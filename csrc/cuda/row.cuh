@@ -47,10 +47,16 @@ __device__ inline float fast_log2(float x) {
   return y;
 }
 
+// Elements from a view's data to a row. Of the usual view, all rows are inner ones.
+__device__ inline int64_t row_offset(const RowsView& view, int64_t row) {
+  if (row < view.inner_rows) return row * view.inner_stride;
+  const int64_t outer = row / view.inner_rows;
+  return outer * view.outer_stride + (row - outer * view.inner_rows) * view.inner_stride;
+}
+
 template <typename T>
 __device__ inline T* row_of(const RowsView& view, int64_t row) {
-  return static_cast<T*>(view.data) + (row / view.inner_rows) * view.outer_stride +
-         (row % view.inner_rows) * view.inner_stride;
+  return static_cast<T*>(view.data) + row_offset(view, row);
 }
 
 template <typename T>
@@ -58,49 +64,63 @@ __device__ inline bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(uint4) == 0;
 }
 
-// Elements moved at once: 8, which is one 16-byte access for 2-byte types and two for float32.
-constexpr int kGroup = 8;
+// Whether kCount values at p can be stored in accesses of up to 16 bytes.
+template <int kCount, typename T>
+__device__ inline bool is_aligned_to(const T* p) {
+  constexpr size_t kBytes = kCount * sizeof(T) < sizeof(uint4) ? kCount * sizeof(T) : sizeof(uint4);
+  return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
+}
 
-struct Group {
-  float x[kGroup];
+// Neighbouring columns that one thread takes together.
+template <int kCount>
+struct Values {
+  float x[kCount];
 
   __device__ float operator[](int i) const { return x[i]; }
 
-  // `p` must be aligned to the group's size, at most 16 bytes.
+  // What one access moves of a row's T.
+  template <typename T>
+  using Word = std::conditional_t<sizeof(T) * kCount % sizeof(uint4) == 0, uint4, uint2>;
+
+  // `p` must be aligned to the values' size, at most 16 bytes.
   template <typename T>
   __device__ void load(const T* p) {
-    constexpr int kWords = sizeof(T) * kGroup / sizeof(uint4);
-    uint4 words[kWords];
+    constexpr int kWords = sizeof(T) * kCount / sizeof(Word<T>);
+    Word<T> words[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word<T>*>(p)[i];
     const T* values = reinterpret_cast<const T*>(words);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) x[i] = to_float(values[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = to_float(values[i]);
   }
 
   template <typename T>
   __device__ void load_unaligned(const T* p) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) x[i] = to_float(p[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = to_float(p[i]);
   }
 
   template <typename T>
   __device__ void store(T* p) const {
-    constexpr int kWords = sizeof(T) * kGroup / sizeof(uint4);
-    uint4 words[kWords];
+    constexpr int kWords = sizeof(T) * kCount / sizeof(Word<T>);
+    Word<T> words[kWords];
     T* values = reinterpret_cast<T*>(words);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = from_float<T>(x[i]);
+    for (int i = 0; i < kCount; ++i) values[i] = from_float<T>(x[i]);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<Word<T>*>(p)[i] = words[i];
   }
 
   template <typename T>
   __device__ void store_unaligned(T* p) const {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) p[i] = from_float<T>(x[i]);
+    for (int i = 0; i < kCount; ++i) p[i] = from_float<T>(x[i]);
   }
 };
+
+// 8 columns are one 16-byte access for 2-byte types and two for float32.
+constexpr int kGroup = 8;
+using Group = Values<kGroup>;
 
 // A row whose dtype is known at run time only, for the side that would double the kernels.
 struct AnyRow {
@@ -109,9 +129,7 @@ struct AnyRow {
 
   __device__ AnyRow(const RowsView& view, int64_t row) : dtype(view.dtype) {
     const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
-    const int64_t offset =
-        (row / view.inner_rows) * view.outer_stride + (row % view.inner_rows) * view.inner_stride;
-    data = static_cast<char*>(view.data) + offset * bytes;
+    data = static_cast<char*>(view.data) + row_offset(view, row) * bytes;
   }
 
   template <typename F>

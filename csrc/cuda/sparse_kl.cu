@@ -1,12 +1,14 @@
 // sparse_kl_loss: KL from a sparse target plus cross-entropy, and their gradient.
 //
-// Loss: a block takes a row, reads its logits once and visits its targets; one more block adds up
-// the rows. Gradient: one read, one write. The few columns with a target or a label are made in
-// float64 first and marked in a bitmap that keeps the sweep over all columns off them: every column
-// is stored once, and the gradient may take the logits' place.
+// On Hopper, both at once where the gradient is wanted for an upstream gradient of 1: see
+// sparse_kl_job.cuh. Else in two kernels. Loss: a block takes a row, reads its logits once and
+// visits its targets; one more block adds up the rows. Gradient: one read, one write. The few
+// columns with a target or a label are made first and marked in a bitmap that keeps the sweep over
+// all columns off them: every column is stored once, and the gradient may take the logits' place.
 #include "common/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/row.cuh"
+#include "cuda/sparse_kl_job.cuh"
 #include "cuda/sparse_kl_row.cuh"
 
 namespace memdec::cuda {
@@ -21,10 +23,7 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_kernel(SparseKLArgs args) 
   const int64_t row = blockIdx.x;
   const Entries entries = entries_of(args.targets, row);
   if (!row_counts(args, row, entries)) {
-    if (threadIdx.x == 0) {
-      args.row_loss[row] = args.row_kl[row] = args.row_ce[row] = 0.f;
-      args.stats[row] = {0.f, 0.f};
-    }
+    if (threadIdx.x == 0) write_row(args, row, false, {}, 0.f, 0.f);
     return;
   }
   const T* logits = row_of<const T>(args.logits, row);
@@ -42,8 +41,17 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_kernel(SparseKLArgs args) 
   }
   kl = block_sum(kl, shared);
   if (threadIdx.x != 0) return;
+  const int64_t label = args.labels ? args.labels[row] : 0;
+  const bool label_in_range = label >= 0 && label < args.vocab;
+  const float ce = label_in_range ? -log_softmax(to_float(logits[label]), stats, 1.f) : NAN;
+  write_row(args, row, true, stats, static_cast<float>(kl), ce);
+}
 
-  write_row(args, row, logits, stats, kl);
+// What a row's gradient is multiplied by: 1 over the divisor, 0 when no row counts. By one block.
+__global__ void __launch_bounds__(kReduceThreads) sparse_kl_scale_kernel(SparseKLArgs args) {
+  __shared__ double shared[kMaxWarps];
+  const double counted = block_sum(counted_rows(args), shared);
+  if (threadIdx.x == 0) *args.scale = static_cast<float>(reduction_scale(args, counted));
 }
 
 // One block adds up the rows in a fixed order.
@@ -58,13 +66,11 @@ __global__ void __launch_bounds__(kReduceThreads) sparse_kl_reduce_kernel(Sparse
   loss = block_sum(loss, shared);
   kl = block_sum(kl, shared);
   ce = block_sum(ce, shared);
-  const double counted = block_sum(counted_rows(args), shared);
   if (threadIdx.x != 0) return;
-  const double scale = reduction_scale(args, counted);
-  *args.loss = counted == 0.0 ? 0.f : static_cast<float>(loss * scale);
-  *args.kl = counted == 0.0 ? 0.f : static_cast<float>(kl * scale);
-  *args.ce = counted == 0.0 ? 0.f : static_cast<float>(ce * scale);
-  *args.scale = static_cast<float>(scale);
+  const double scale = *args.scale;
+  *args.loss = static_cast<float>(loss * scale);
+  *args.kl = static_cast<float>(kl * scale);
+  *args.ce = static_cast<float>(ce * scale);
 }
 
 // Which columns of a row are stored already, a bit each.
@@ -120,7 +126,9 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_backward_kernel(SparseKLBa
   }
   target_sum = block_sum(target_sum, shared);
   if (__syncthreads_or(bad_index)) {
-    for (int i = threadIdx.x; i < width; i += kThreads) grad_logits[i] = from_float<T>(NAN);
+    for (int i = threadIdx.x; i < width; i += kThreads) {
+      grad_logits[i] = from_float<T>(i < vocab ? NAN : 0.f);
+    }
     return;
   }
   // The block sum's barriers also order the cleared bitmap before the bits set below.
@@ -140,6 +148,7 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_backward_kernel(SparseKLBa
   }
   __syncthreads();  // every bit is set before the sweep reads them
 
+  const auto dense = [&](float x) { return gradient.factor == 0.f ? 0.f : gradient.dense(x); };
   const int head = elements_to_alignment(logits, vocab);
   const bool grad_aligned = is_aligned(grad_logits + head);
   for_each_group(
@@ -148,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_backward_kernel(SparseKLBa
         Group group;
         group.load(logits + start);
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) group.x[i] = gradient.dense(group.x[i]);
+        for (int i = 0; i < kGroup; ++i) group.x[i] = dense(group.x[i]);
         const uint32_t skip = stored.group(start);
         if (skip == 0 && grad_aligned) {
           group.store(grad_logits + start);
@@ -160,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) sparse_kl_backward_kernel(SparseKLBa
         }
       },
       [&](int i) {
-        if (!stored.get(i)) grad_logits[i] = from_float<T>(gradient.dense(to_float(logits[i])));
+        if (!stored.get(i)) grad_logits[i] = from_float<T>(dense(to_float(logits[i])));
       });
   for (int i = vocab + threadIdx.x; i < width; i += kThreads) grad_logits[i] = from_float<T>(0.f);
 }
@@ -223,13 +232,21 @@ Status sparse_kl(const SparseKLArgs& args, int device, void* stream) {
   cudaError_t error = cudaSuccess;
   with_dtype(args.logits.dtype, [&](auto value) {
     using T = decltype(value);
-    if (args.rows > 0) sparse_kl_kernel<T><<<args.rows, kThreads, 0, cuda_stream>>>(args);
-    if (args.reduction != Reduction::kNone) {
-      sparse_kl_reduce_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
+    const bool reduced = args.reduction != Reduction::kNone;
+    if (reduced) sparse_kl_scale_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
+    const bool with_gradient = args.rows > 0 && args.grad_logits.data;
+    PipelinePlan plan;
+    if (with_gradient) {
+      error = plan_pipeline<SparseKLJob<T>>(args.rows, args.vocab, device, &plan);
     }
-    if (args.rows > 0 && args.grad_logits.data) {
-      error = launch_backward<T>(backward_of(args), cuda_stream);
+    if (error != cudaSuccess) return;
+    if (plan.clusters > 0) {
+      error = launch_row_pipeline<SparseKLJob<T>>(args, plan, cuda_stream);
+    } else if (args.rows > 0) {
+      sparse_kl_kernel<T><<<args.rows, kThreads, 0, cuda_stream>>>(args);
+      if (with_gradient) error = launch_backward<T>(backward_of(args), cuda_stream);
     }
+    if (reduced) sparse_kl_reduce_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
   });
   return status_of(error == cudaSuccess ? cudaGetLastError() : error);
 }

@@ -11,11 +11,12 @@ struct Entries {
 };
 
 // The entries of a target row, kept inside the buffers whatever indptr holds.
-__device__ inline Entries entries_of(const SparseRows& targets, int64_t row) {
+__device__ inline Entries entries_between(const SparseRows& targets, int64_t begin, int64_t end) {
   const auto clamp = [&](int64_t i) { return i < 0 ? 0 : (i < targets.slots ? i : targets.slots); };
-  const int64_t begin = clamp(targets.indptr[row]);
-  const int64_t end = clamp(targets.indptr[row + 1]);
-  return {begin, end > begin ? end : begin};
+  return {clamp(begin), clamp(end > begin ? end : begin)};
+}
+__device__ inline Entries entries_of(const SparseRows& targets, int64_t row) {
+  return entries_between(targets, targets.indptr[row], targets.indptr[row + 1]);
 }
 
 // Whether a row adds to the loss: its label is not ignored, or without labels it has a target.
@@ -39,28 +40,22 @@ __device__ inline double reduction_scale(const SparseKLArgs& args, double counte
   return 1.0 / (args.normalizer ? static_cast<double>(*args.normalizer) : counted);
 }
 
-// Writes the loss of a counted row, given its KL; by one thread.
-template <typename T>
-__device__ inline void write_row(const SparseKLArgs& args, int64_t row, const T* logits,
-                                 RowStats stats, double kl) {
-  float ce = 0.f;
-  if (args.labels) {
-    const int64_t label = args.labels[row];
-    const bool in_range = label >= 0 && label < args.vocab;
-    ce = in_range ? -log_softmax(to_float(logits[label]), stats, 1.f) : NAN;
-  }
+// Writes what is known of a row: its loss and parts, 0 where it does not count.
+__device__ inline void write_row(const SparseKLArgs& args, int64_t row, bool counted,
+                                 RowStats stats, float kl, float ce) {
   // A term without weight has no influence, infinite or not; a bad index makes the row NaN anyway.
-  const float row_kl = static_cast<float>(kl);
-  float loss = row_kl;
+  float loss = kl;
   if (args.labels) {
     loss = 0.f;
-    if (args.alpha != 0.f || isnan(row_kl)) loss += args.alpha * row_kl;
+    if (args.alpha != 0.f || isnan(kl)) loss += args.alpha * kl;
     if (args.alpha != 1.f || isnan(ce)) loss += (1.f - args.alpha) * ce;
+  } else {
+    ce = 0.f;
   }
-  args.row_loss[row] = loss;
-  args.row_kl[row] = row_kl;
-  args.row_ce[row] = ce;
-  args.stats[row] = stats;
+  args.row_loss[row] = counted ? loss : 0.f;
+  args.row_kl[row] = counted ? kl : 0.f;
+  args.row_ce[row] = counted ? ce : 0.f;
+  args.stats[row] = counted ? stats : RowStats{0.f, 0.f};
 }
 
 // upstream * (mass * q - hit): q the model's probability of the column, hit the weight on it.
@@ -71,7 +66,9 @@ struct LogitGradient {
   double label_weight;
   double mass;
   float factor;
+  float shift;
 
+  LogitGradient() = default;
   __device__ LogitGradient(RowStats stats, double upstream, double target_sum, double alpha,
                            bool labelled)
       : stats(stats),
@@ -79,20 +76,25 @@ struct LogitGradient {
         alpha(alpha),
         label_weight(labelled ? 1.0 - alpha : 0.0),
         mass(alpha * target_sum + label_weight),
-        factor(static_cast<float>(upstream * mass)) {}
+        factor(static_cast<float>(upstream * mass)),
+        shift(-stats.log_norm * kLog2E) {}
 
   __device__ double hit(float target, bool is_label) const {
     return alpha * target + (is_label ? label_weight : 0.0);
   }
 
-  // For a column with a target or the label: q - 1 is made without rounding q.
+  // For a column with a target or the label: of q or q - 1 the one that float32 holds well, and
+  // what it nearly cancels with in float64.
   __device__ float precise(float x, double hit) const {
-    const double minus_one = expm1(static_cast<double>(x - stats.max) - stats.log_norm);
-    return static_cast<float>(upstream * (mass * minus_one + (mass - hit)));
+    const float log_q = log_softmax(x, stats, 1.f);
+    const double gap =
+        log_q < -kLn2 ? mass * expf(log_q) - hit : mass * expm1f(log_q) + (mass - hit);
+    return static_cast<float>(upstream * gap);
   }
 
+  // For any other column; `factor` is not 0.
   __device__ float dense(float x) const {
-    return factor == 0.f ? 0.f : factor * fast_exp2(log_softmax(x, stats, 1.f) * kLog2E);
+    return factor * fast_exp2(fmaf(x - stats.max, kLog2E, shift));
   }
 };
 

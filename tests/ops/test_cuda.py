@@ -3,6 +3,7 @@
 Values, gradients and shapes on CUDA are in the other files, whose tests all run on it too.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,6 +184,51 @@ def test_runs_where_its_inputs_are(step: Step) -> None:
 
 
 # ---- rows x vocabulary above 2^31 ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(3000, 33), (900, 5003), (400, 50_257)])
+def test_rows_that_take_turns(rows: int, width: int, dtype: torch.dtype) -> None:
+    """More rows than multiprocessors, so that blocks take one after another."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    base, memory = (
+        (4 * torch.randn(rows, width, device="cuda", generator=generator)).to(dtype)
+        for _ in range(2)
+    )
+    ours = fused_interpolate(base, memory, 0.3)
+    logits = torch.stack([base.double() + math.log(0.7), memory.double() + math.log(0.3)])
+    norm = torch.stack([base.double(), memory.double()]).logsumexp(-1, keepdim=True)
+    assert_within_budget(ours, (logits - norm).logsumexp(0).cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_of_rows_that_take_turns(dtype: torch.dtype) -> None:
+    """Few entries and many by turns: more than a block has threads, and none at all."""
+    rows, width = 420, 5003
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([2000, 0, 1, 64, 700] * (rows // 5))
+    ids = [torch.randperm(width, generator=generator)[:count] for count in counts.tolist()]
+    probs = [torch.rand(len(row), generator=generator) for row in ids]
+    probs = [row / row.sum() if len(row) else row for row in probs]
+    targets = SparseTargets(
+        torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        torch.cat(ids).int(),
+        torch.cat(probs),
+    ).to("cuda")
+    labels = torch.randint(0, width, (rows,), generator=generator)
+    labels[::7] = -100
+    logits = 3 * torch.randn(rows, width, generator=generator)
+    for row, tokens in zip(logits, ids, strict=True):
+        row[tokens] -= 9  # the model gives them less than the target does: nothing cancels
+    logits = logits.to("cuda", dtype).requires_grad_()
+    loss = sparse_kl_loss(logits, targets, labels.cuda(), reduction="sum").loss
+    loss.backward()
+    entries = [
+        dict(zip(i.tolist(), p.tolist(), strict=True)) for i, p in zip(ids, probs, strict=True)
+    ]
+    wanted = oracle.sparse_kl_gradient(torch.ones(rows), logits, entries, labels)
+    assert_gradient(logits.grad, wanted)
+
 
 BIG_ROWS, BIG_WIDTH = 14_200, 151_936  # 2.16e9 elements, 4.3 GB in bfloat16
 

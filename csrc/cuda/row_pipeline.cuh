@@ -1,0 +1,606 @@
+// Rows that take turns in persistent clusters of blocks (Hopper and newer), so that every logit is
+// read from memory once.
+//
+// A row is cut into one slice a block, a slice into chunks. In each block one warp loads chunks by
+// bulk copies into a ring, `kWorkers` threads work on them, and one warp exchanges what the blocks
+// found through distributed shared memory. The work on a row has two halves: a sum, up to what a
+// block must know of the others, and a sweep, which needs it, writes the result and frees the
+// chunks. Single columns that want another result are patched in the chunks before the sweep.
+// Workers sum row i + 1 before they sweep row i, so that an exchange costs no time.
+//
+// What a kernel does is a Job: see interpolate_job.cuh and sparse_kl_job.cuh.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/hopper.cuh"
+#include "cuda/launch.h"
+#include "cuda/row.cuh"
+
+namespace memdec::cuda {
+
+constexpr int kWorkers = 512;
+constexpr int kWorkerWarps = kWorkers / kWarpSize;
+constexpr int kPipelineThreads = kWorkers + 2 * kWarpSize;
+constexpr int kStripeBytes = kWorkers * sizeof(uint4);  // a pack a worker
+constexpr int kMaxChunks = 32;                          // of a ring
+constexpr int kMaxClusterBlocks = 16;  // more than 8 is legal on Hopper, but must be asked for
+constexpr int kUnit = 8;               // columns: a slice begins at a multiple, as memory lies
+
+// Columns in a pack of 16 bytes and in a stripe. A chunk has Job::kStripes stripes, of one matrix
+// or of several, and Job::kColumns columns.
+template <typename T>
+constexpr int kPack = sizeof(uint4) / sizeof(T);
+template <typename T>
+constexpr int kStripe = kStripeBytes / sizeof(T);
+
+// How rows are spread; clusters == 0: not at all.
+struct PipelinePlan {
+  int clusters = 0;
+  int blocks = 0;  // of a cluster
+  int slots = 0;   // columns of a slice, whole units
+  int chunks = 0;  // of a slice
+  int ring = 0;    // chunks that a block holds
+};
+
+// The part of a row that one block holds: slot s holds column first + s, for s in [begin, end).
+// Slot 0 lies at a whole unit of the row's memory, so the first block may have slots before the
+// row's first column.
+struct Slice {
+  int first;
+  int begin;
+  int end;
+
+  // Columns [0, columns) of a row whose first column lies `phase` after a whole unit.
+  __device__ Slice(int phase, int columns, int slots, int rank) {
+    first = rank * slots - phase;
+    begin = max(0, -first);
+    end = max(begin, min(slots, columns - first));
+  }
+
+  __device__ bool holds(int64_t column) const {
+    return column >= first + begin && column < first + end;
+  }
+
+  // Whether this pack of slots is all of the row.
+  template <int kCount>
+  __device__ bool whole(int s) const {
+    return s >= begin && s + kCount <= end;
+  }
+};
+
+// Columns between a row's first column and the whole unit before it.
+template <typename T>
+__device__ inline int phase_of(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kUnit);
+}
+
+// The slots in [begin, begin + count) that a bulk copy brings: whole units, at both ends of the
+// slice a few neighbours of the row.
+__device__ inline int copied_slots(const Slice& slice, int begin, int count) {
+  const int end = slice.end > slice.begin ? (slice.end + kUnit - 1) / kUnit * kUnit : 0;
+  return max(0, min(count, end - begin));
+}
+
+// Copies such slots of a row's slice; by one thread.
+template <typename T>
+__device__ inline void copy_slots(uint32_t to, const T* row, const Slice& slice, int begin,
+                                  int count, hopper::Barrier done) {
+  const int copied = copied_slots(slice, begin, count);
+  if (copied > 0) hopper::copy_bulk(to, row + slice.first + begin, copied * sizeof(T), done);
+}
+
+// The sum of exponentials of some logits without one instance of their maximum: in float32 that
+// term, 1, would swallow the tail. NaN ends in `tail`.
+struct TailSum {
+  float max = -INFINITY;
+  float tail = 0.f;
+
+  __device__ RowStats stats() const { return {max, isfinite(max) ? log1pf(tail) : NAN}; }
+};
+
+// The maximum over a warp, none of them NaN.
+__device__ inline float warp_max(float x) {
+#if __CUDA_ARCH__ >= 800
+  int bits = __float_as_int(x);  // as an integer that orders like the float
+  bits ^= (bits >> 31) & 0x7fffffff;
+  bits = __reduce_max_sync(0xffffffffu, bits);
+  bits ^= (bits >> 31) & 0x7fffffff;
+  return __int_as_float(bits);
+#else
+  return x;
+#endif
+}
+
+template <typename T>
+__device__ inline T warp_sum(T x) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  }
+  return x;
+}
+
+// Whether this is the one lane, of those whose maximum is the warp's, that leaves its instance out.
+__device__ inline bool holds_max(float max, float warp_top) {
+  const unsigned holders = __ballot_sync(0xffffffffu, max == warp_top);
+  return static_cast<int>(threadIdx.x % kWarpSize) == __ffs(holders) - 1;
+}
+
+// Merges the sums of a warp's lanes, in a fixed order.
+__device__ inline TailSum merge_lanes(const TailSum& sum, float scale) {
+  const float top = warp_max(sum.max);
+  const float weight = sum.max == top ? 1.f : fast_exp2((sum.max - top) * scale);
+  const bool holder = holds_max(sum.max, top);
+  return {top, warp_sum(holder ? sum.tail : (sum.tail + 1.f) * weight)};
+}
+
+// Two neighbouring logits in one register, or one logit of 4 bytes.
+template <typename T>
+using Pair =
+    std::conditional_t<std::is_same_v<T, float>, float,
+                       std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>>;
+
+__device__ inline float2 to_floats(__half2 pair) { return __half22float2(pair); }
+__device__ inline float2 to_floats(__nv_bfloat162 pair) {
+  const uint32_t bits = *reinterpret_cast<const uint32_t*>(&pair);
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+
+// The greater and the lesser; NaN if one of them is.
+__device__ inline float greater(float a, float b) {
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+__device__ inline float lesser(float a, float b) {
+  float x;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+template <typename P>
+__device__ inline P greater(P a, P b) {
+  return __hmax2_nan(a, b);
+}
+template <typename P>
+__device__ inline P lesser(P a, P b) {
+  return __hmin2_nan(a, b);
+}
+
+// The values of T in a word.
+template <typename T, typename Word>
+__device__ inline auto unpack(const Word& word) {
+  constexpr int kCount = sizeof(Word) / sizeof(T);
+  const auto* pairs = reinterpret_cast<const Pair<T>*>(&word);
+  Values<kCount> values;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      values.x[i] = pairs[i];
+    } else {
+      const float2 two = to_floats(pairs[i / 2]);
+      values.x[i] = i % 2 == 0 ? two.x : two.y;
+    }
+  }
+  return values;
+}
+
+// Neighbouring logits in shared memory.
+template <typename T, int kCount>
+__device__ inline Values<kCount> load_values(uint32_t address) {
+  using Word = typename Values<kCount>::template Word<T>;
+  static_assert(sizeof(Word) == kCount * sizeof(T), "one access");
+  return unpack<T>(hopper::load_shared<Word>(address));
+}
+
+// A single one of them.
+template <typename T>
+__device__ inline T& value_at(uint32_t chunk, int i) {
+  return static_cast<T*>(__cvta_shared_to_generic(chunk))[i];
+}
+
+// A pack of logits, as it lies in shared memory.
+template <typename T>
+struct Pack {
+  uint4 words;
+
+  // Puts -inf where the pack, at slot s, is not of the slice's row.
+  __device__ void mask(const Slice& slice, int s) {
+    T* x = reinterpret_cast<T*>(&words);
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) {
+      if (s + i < slice.begin || s + i >= slice.end) x[i] = from_float<T>(-INFINITY);
+    }
+  }
+
+  // Takes over the values whose bits are set.
+  __device__ void take(const Pack& other, uint32_t bits) {
+    T* x = reinterpret_cast<T*>(&words);
+    const T* y = reinterpret_cast<const T*>(&other.words);
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) {
+      if (bits >> i & 1u) x[i] = y[i];
+    }
+  }
+
+  // The greatest logit, and all the others.
+  __device__ float split(float (&others)[kPack<T> - 1]) const {
+    const auto* x = reinterpret_cast<const Pair<T>*>(&words);
+    const auto high01 = greater(x[0], x[1]), low01 = lesser(x[0], x[1]);
+    const auto high23 = greater(x[2], x[3]), low23 = lesser(x[2], x[3]);
+    const auto high = greater(high01, high23), low = lesser(high01, high23);
+    if constexpr (std::is_same_v<T, float>) {
+      others[0] = low01;
+      others[1] = low23;
+      others[2] = low;
+      return high;
+    } else {
+      const float2 lows[3] = {to_floats(low01), to_floats(low23), to_floats(low)};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        others[2 * i] = lows[i].x;
+        others[2 * i + 1] = lows[i].y;
+      }
+      const float2 last = to_floats(high);
+      others[6] = lesser(last.x, last.y);
+      return greater(last.x, last.y);
+    }
+  }
+};
+
+// A worker's TailSum in progress. `tail` is relative to 2^pivot, where pivot is max * scale as it
+// was rounded; no branch depends on the logits.
+struct WorkerSum {
+  float max = -INFINITY;
+  float pivot = -INFINITY;
+  float tail = 0.f;
+
+  template <typename T, int kPacks>
+  __device__ void add(const Pack<T> (&packs)[kPacks], float scale) {
+    constexpr int kOthers = kPack<T> - 1;
+    float others[kPacks][kOthers], passed[kPacks];
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const float top = packs[p].split(others[p]);
+      passed[p] = lesser(max, top);  // the maximum, `greater`, is left out
+      max = greater(max, top);
+    }
+    const float new_pivot = max * scale;
+    const float origin = max == -INFINITY ? 0.f : new_pivot;
+    const auto term = [&](float x) { return fast_exp2(fmaf(x, scale, -origin)); };
+    float sums[2] = {0.f, 0.f};
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      sums[0] += term(passed[p]);
+#pragma unroll
+      for (int i = 0; i < kOthers; ++i) sums[(i + 1) % 2] += term(others[p][i]);
+    }
+    tail = fmaf(tail, fast_exp2(pivot - origin), sums[0] + sums[1]);
+    pivot = new_pivot;
+  }
+
+  __device__ TailSum total(float scale) const {
+    if (max == -INFINITY) return {max, tail};
+    return {max, tail * fast_exp2(fmaf(-max, scale, pivot))};
+  }
+};
+
+// Waits for all workers of the block.
+__device__ inline void sync_workers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory");
+}
+
+// What a block keeps beside the ring.
+template <typename Job>
+struct PipelineControl {
+  uint64_t full[kMaxChunks];   // barrier: a chunk is loaded
+  uint64_t empty[kMaxChunks];  // barrier: every worker warp is done with it
+  uint64_t summed[2];          // barrier: every worker warp has put its part
+  uint64_t exchanged[2];       // barrier: every block's part has arrived
+  uint64_t published[2];       // barrier: what the sweep needs is there
+  typename Job::Part warp_parts[2][kWorkerWarps];
+  typename Job::Part block_parts[2][kMaxClusterBlocks];
+  typename Job::Shared shared[2];
+};
+
+constexpr int kRingAlignment = 128;
+
+template <typename Job>
+__host__ __device__ constexpr int control_bytes() {
+  return (sizeof(PipelineControl<Job>) + kRingAlignment - 1) / kRingAlignment * kRingAlignment;
+}
+
+template <typename Job>
+__host__ __device__ constexpr int mark_bytes(int chunks) {
+  return Job::kPatches ? chunks * kWorkers : 0;
+}
+
+// A place in the ring, and the parity of the phase in which its chunk becomes full.
+struct RingCursor {
+  int chunk = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance(int ring) {
+    if (++chunk == ring) {
+      chunk = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <typename Job>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    row_pipeline_kernel(const __grid_constant__ typename Job::Args args,
+                        const __grid_constant__ PipelinePlan plan) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(typename Job::Part) % sizeof(uint4) == 0, "a part is sent as whole uint4");
+  using Control = PipelineControl<Job>;
+  extern __shared__ __align__(kRingAlignment) char storage[];
+  auto& control = *reinterpret_cast<Control*>(storage);
+  const uint32_t address = hopper::kept_address(storage);
+  const auto barrier = [&](size_t first, int i) {
+    return hopper::Barrier{address + static_cast<uint32_t>(first + i * sizeof(uint64_t))};
+  };
+  const auto full = [&](int chunk) { return barrier(offsetof(Control, full), chunk); };
+  const auto empty = [&](int chunk) { return barrier(offsetof(Control, empty), chunk); };
+  const auto summed = [&](int slot) { return barrier(offsetof(Control, summed), slot); };
+  const auto exchanged = [&](int slot) { return barrier(offsetof(Control, exchanged), slot); };
+  const auto published = [&](int slot) { return barrier(offsetof(Control, published), slot); };
+  // A byte a worker and chunk of a slice, for Jobs that patch; 0 at first.
+  uint8_t* marks = reinterpret_cast<uint8_t*>(storage + control_bytes<Job>());
+  const uint32_t ring_address = address + control_bytes<Job>() + mark_bytes<Job>(plan.chunks);
+  const auto chunk_at = [&](int chunk) {
+    return ring_address + chunk * (Job::kStripes * kStripeBytes);
+  };
+  // The chunks of a slice whose first is chunk `first` of the ring.
+  const auto chunks_from = [&](int first) {
+    return
+        [=](int c) { return chunk_at(first + c < plan.ring ? first + c : first + c - plan.ring); };
+  };
+
+  const int rank = static_cast<int>(blockIdx.x) % plan.blocks;
+  const int64_t first_row = blockIdx.x / plan.blocks;
+  const int64_t clusters = gridDim.x / plan.blocks;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.ring; ++i) {
+      full(i).init(1);
+      empty(i).init(kWorkerWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      summed(i).init(kWorkerWarps);
+      exchanged(i).init(1);
+      published(i).init(1);
+    }
+    hopper::fence_barrier_init();
+  }
+  for (int i = threadIdx.x; i < mark_bytes<Job>(plan.chunks); i += kPipelineThreads) marks[i] = 0;
+  __syncthreads();
+  hopper::cluster_arrive();
+
+  Job job(args, plan, rank);
+  if (warp < kWorkerWarps) {
+    const int worker = threadIdx.x;
+    typename Job::Carry carry;  // of the row that is summed
+    RingCursor summing, sweeping;
+    int first_chunk = 0;
+    const auto sum = [&](int64_t row) {
+      first_chunk = summing.chunk;
+      job.begin_sum(row, &carry, worker);
+      if (row + clusters < args.rows) job.prefetch(row + clusters, &carry);
+      for (int c = 0; c < plan.chunks; c += Job::kTogether) {
+        uint32_t at[Job::kTogether];
+#pragma unroll
+        for (int t = 0; t < Job::kTogether; ++t) {
+          if (t > 0 && c + t >= plan.chunks) break;
+          full(summing.chunk).wait(summing.parity);
+          at[t] = chunk_at(summing.chunk);
+          summing.advance(plan.ring);
+        }
+        job.add(&carry, c, at, worker);
+      }
+    };
+    const auto put_part = [&](int i, int64_t row) {
+      const auto part = job.end_sum(row, &carry, worker, chunks_from(first_chunk));
+      if (lane == 0) {
+        control.warp_parts[i & 1][warp] = part;
+        summed(i & 1).arrive();
+      }
+    };
+    int i = 0;
+    int64_t row = first_row;
+    job.prefetch(row, &carry);
+    sum(row);
+    put_part(0, row);
+    for (; row < args.rows; row += clusters, ++i) {
+      const typename Job::Carry summed_carry = carry;
+      const bool more = row + clusters < args.rows;
+      if (more) sum(row + clusters);
+      published(i & 1).wait(i >> 1 & 1);
+      const auto& shared = control.shared[i & 1];
+      if constexpr (Job::kPatches) {
+        const auto chunk_of = chunks_from(sweeping.chunk);
+        job.patch(row, shared, summed_carry, worker, chunk_of, marks);
+        sync_workers();
+      }
+      const auto write = job.writer(row, shared, summed_carry, worker, marks);
+      for (int c = 0; c < plan.chunks; c += Job::kTogether) {
+        uint32_t at[Job::kTogether];
+        RingCursor next = sweeping;
+#pragma unroll
+        for (int t = 0; t < Job::kTogether; ++t) {
+          at[t] = chunk_at(next.chunk);
+          next.advance(plan.ring);
+        }
+        write(c, at);
+        __syncwarp();
+#pragma unroll
+        for (int t = 0; t < Job::kTogether; ++t) {
+          if (t > 0 && c + t >= plan.chunks) break;
+          if (lane == 0) empty(sweeping.chunk).arrive();
+          sweeping.advance(plan.ring);
+        }
+      }
+      if (more) put_part(i + 1, row + clusters);
+    }
+  } else if (warp == kWorkerWarps) {
+    if (lane == 0) {
+      RingCursor loading;
+      bool reused = false;
+      for (int64_t row = first_row; row < args.rows; row += clusters) {
+        const auto load = job.loader(row);
+        for (int c = 0; c < plan.chunks; ++c) {
+          if (reused) empty(loading.chunk).wait(loading.parity ^ 1);
+          load(c, chunk_at(loading.chunk), full(loading.chunk));
+          loading.advance(plan.ring);
+          reused = reused || loading.chunk == 0;
+        }
+      }
+    }
+  } else {
+    hopper::cluster_wait();  // every block's barriers exist before this one sends
+    int i = 0;
+    for (int64_t row = first_row; row < args.rows; row += clusters, ++i) {
+      const int slot = i & 1, parity = i >> 1 & 1;
+      typename Job::Part part;
+      summed(slot).wait(parity);
+      if (lane < kWorkerWarps) part = control.warp_parts[slot][lane];
+      part = job.merge(part);
+      if (plan.blocks > 1) {
+        if (lane == 0) exchanged(slot).arrive_expect(plan.blocks * sizeof(part));
+        if (lane < plan.blocks) {
+          const uint4* words = reinterpret_cast<const uint4*>(&part);
+          uint4* place = reinterpret_cast<uint4*>(&control.block_parts[slot][rank]);
+#pragma unroll
+          for (int w = 0; w < static_cast<int>(sizeof(part) / sizeof(uint4)); ++w) {
+            hopper::send(words[w], place + w, exchanged(slot), lane);
+          }
+        }
+        exchanged(slot).template wait<true>(parity);
+        part = {};
+        if (lane < plan.blocks) part = control.block_parts[slot][lane];
+        part = job.merge(part);
+      }
+      if (lane == 0) {
+        control.shared[slot] = job.publish(row, part);
+        published(slot).arrive();
+      }
+      __syncwarp();
+    }
+  }
+  // No block waits for the others at the end: what is sent to it has come before it publishes.
+#endif
+}
+
+// Whether the rows of two tensors of one dtype lie equally far from a whole unit.
+inline bool rows_agree(const RowsView& a, const RowsView& b) {
+  const auto phase = [](const RowsView& view) {
+    return reinterpret_cast<uintptr_t>(view.data) / (view.dtype == DType::kFloat32 ? 4 : 2) % kUnit;
+  };
+  const auto differ = [](int64_t x, int64_t y) { return (x - y) % kUnit != 0; };
+  if (phase(a) != phase(b)) return false;
+  const bool whole = a.inner_stride % kUnit == 0 && a.outer_stride % kUnit == 0 &&
+                     b.inner_stride % kUnit == 0 && b.outer_stride % kUnit == 0;
+  return whole || (a.inner_rows == b.inner_rows && !differ(a.inner_stride, b.inner_stride) &&
+                   !differ(a.outer_stride, b.outer_stride));
+}
+
+// How a Job's kernel is launched.
+template <typename Job>
+struct PipelineLaunch {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = {};
+
+  PipelineLaunch(const PipelinePlan& plan, int clusters, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+    config.gridDim = dim3(static_cast<unsigned>(clusters * plan.blocks));
+    config.blockDim = dim3(kPipelineThreads);
+    config.dynamicSmemBytes = control_bytes<Job>() + mark_bytes<Job>(plan.chunks) +
+                              plan.ring * Job::kStripes * kStripeBytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  PipelineLaunch(const PipelineLaunch&) = delete;
+  PipelineLaunch& operator=(const PipelineLaunch&) = delete;
+
+  // Asks for what a launch does not get by itself.
+  cudaError_t prepare() const {
+    const auto kernel = row_pipeline_kernel<Job>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.dynamicSmemBytes));
+    if (error != cudaSuccess || cluster.val.clusterDim.x <= 8) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+};
+
+// The clusters of a Job's kernel that run at once, a block on each multiprocessor; 0 if none.
+template <typename Job>
+inline cudaError_t resident_clusters(const PipelinePlan& plan, int device, int* clusters) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][kMaxClusterBlocks + 1];  // 1 more than the number
+  if (device < kDevices && (*clusters = known[device][plan.blocks].load() - 1) >= 0) {
+    return cudaSuccess;
+  }
+  PipelineLaunch<Job> launch(plan, 1, nullptr);
+  cudaError_t error = launch.prepare();
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveClusters(clusters, row_pipeline_kernel<Job>, &launch.config);
+  }
+  if (error == cudaSuccess && device < kDevices) known[device][plan.blocks].store(*clusters + 1);
+  return error;
+}
+
+// The best plan for rows of `columns` columns: the one in which a block does least, waves times
+// what a row costs it.
+template <typename Job>
+inline cudaError_t plan_pipeline(int64_t rows, int64_t columns, int device, PipelinePlan* plan) {
+  int major = 0, shared_bytes = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess || major < 9) return error;
+  const int64_t units = (columns + 2 * kUnit - 2) / kUnit;  // in the worst phase
+  int64_t best = INT64_MAX;
+  for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
+    PipelinePlan candidate;
+    candidate.blocks = blocks;
+    const int64_t slots = (units + blocks - 1) / blocks * kUnit;
+    const int64_t chunks = (slots + Job::kColumns - 1) / Job::kColumns;
+    const int64_t room = (shared_bytes - control_bytes<Job>() - mark_bytes<Job>(chunks)) /
+                         (Job::kStripes * kStripeBytes);
+    if (chunks > room) continue;
+    candidate.slots = static_cast<int>(slots);
+    candidate.chunks = static_cast<int>(chunks);
+    candidate.ring = static_cast<int>(room < kMaxChunks ? room : kMaxChunks);
+    int clusters = 0;
+    error = resident_clusters<Job>(candidate, device, &clusters);
+    if (error != cudaSuccess) return error;
+    const bool turns = rows > clusters;  // then a block holds two rows
+    if (clusters == 0 || (turns && 2 * chunks > room)) continue;
+    candidate.clusters = static_cast<int>(rows < clusters ? rows : clusters);
+    const int64_t cost = (rows + clusters - 1) / clusters * (slots + Job::kRowCost);
+    if (cost < best) {
+      best = cost;
+      *plan = candidate;
+    }
+  }
+  return cudaSuccess;
+}
+
+// Launches a Job's kernel over all rows.
+template <typename Job>
+inline cudaError_t launch_row_pipeline(const typename Job::Args& args, const PipelinePlan& plan,
+                                       cudaStream_t stream) {
+  PipelineLaunch<Job> launch(plan, plan.clusters, stream);
+  const cudaError_t error = launch.prepare();
+  if (error != cudaSuccess) return error;
+  return cudaLaunchKernelEx(&launch.config, row_pipeline_kernel<Job>, args, plan);
+}
+
+}  // namespace memdec::cuda
