@@ -23,7 +23,6 @@ import torch
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -36,8 +35,8 @@ from memdec.data.artefact import StageWriter, clear_disk_errors
 from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
 from memdec.modeling.loading import pick_device
-from memdec.ops import SparseTargets, sparse_kl_loss
-from memdec.training.batches import IGNORE_INDEX, BlockCollator, GatherTargets
+from memdec.training.batches import BlockCollator, GatherTargets
+from memdec.training.block_trainer import BlockTrainer
 from memdec.training.options import LoopConfig
 
 CURVE = "curve.json"
@@ -138,6 +137,7 @@ def _train(
     device = torch.device(pick_device(config.device))
     if device.index is not None:
         torch.cuda.set_device(device)  # Trainer takes the current one
+    on_gpu = device.type == "cuda"
     blocks = stream.blocks(block_size)
     steps_per_epoch = math.ceil(blocks / (config.batch_blocks * config.gradient_accumulation))
     total_steps = steps_per_epoch * config.epochs
@@ -148,7 +148,8 @@ def _train(
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_blocks,
         gradient_accumulation_steps=config.gradient_accumulation,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        torch_compile=config.compile,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
@@ -162,7 +163,10 @@ def _train(
         log_level="error",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
+        # The next batches are read, and sent, while the GPU works on this one.
+        dataloader_num_workers=2 if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
         use_cpu=device.type == "cpu",
         use_cache=True,  # else the saved configuration would switch the cache off for good
         seed=config.seed,
@@ -170,10 +174,10 @@ def _train(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device, never DataParallel
     trainer = BlockTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=range(blocks),
-        data_collator=BlockCollator(stream, block_size, gather_targets),
+        model,
+        arguments,
+        blocks=blocks,
+        collator=BlockCollator(stream, block_size, gather_targets),
         alpha=alpha,
         arithmetic=_arithmetic(device, config.dtype),
     )
@@ -199,75 +203,10 @@ def _train(
     return schedule.best_weights(), curve
 
 
-class BlockTrainer(Trainer):
-    """Trainer whose loss is ``alpha * KL(target || model) + (1 - alpha) * CE`` on unshifted labels."""
-
-    def __init__(
-        self,
-        *,
-        alpha: float,
-        arithmetic: Callable[[], contextlib.AbstractContextManager],
-        **rest: Any,
-    ) -> None:
-        super().__init__(**rest)
-        self.alpha = alpha
-        self.arithmetic = arithmetic
-        # The loss is already divided by the tokens of the whole step (get_batch_samples).
-        self.model_accepts_loss_kwargs = True
-        # Sums of loss, kl and ce since the last validation.
-        self.loss_sums = torch.zeros(3, device=self.args.device)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """The batches of one step and its counted tokens; Trainer's own count assumes a shift."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [batch["labels"].ne(IGNORE_INDEX).sum() for batch in batches]
-        return batches, torch.stack(counts).sum().to(device)
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        # Autocast is ours: accelerate's would copy the logits to float32, and they are the largest
-        # tensor of all.
-        with self.arithmetic():
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        labels = inputs["labels"]
-        if "target_indptr" in inputs:
-            targets = SparseTargets(
-                inputs["target_indptr"], inputs["target_ids"], inputs["target_probs"], None
-            )
-        else:
-            targets = _no_targets(labels)
-        parts = sparse_kl_loss(
-            logits,
-            targets,
-            labels,
-            alpha=self.alpha,
-            ignore_index=IGNORE_INDEX,
-            normalizer=num_items_in_batch,
-        )
-        self.loss_sums += torch.stack([parts.loss.detach(), parts.kl, parts.ce])
-        return parts.loss
-
-
-def _no_targets(labels: torch.Tensor) -> SparseTargets:
-    """An empty row for each label: with alpha 0 the loss is then plain cross-entropy."""
-    return SparseTargets(
-        torch.zeros(labels.numel() + 1, dtype=torch.int64, device=labels.device),
-        torch.empty(0, dtype=torch.int32, device=labels.device),
-        torch.empty(0, dtype=torch.float32, device=labels.device),
-        None,
-    )
-
-
 def _arithmetic(
     device: torch.device, dtype: str
 ) -> Callable[[], contextlib.AbstractContextManager]:
+    """Autocast is ours: accelerate's would copy the logits of a validation to float32."""
     reduced = dtype == "bfloat16" or (
         dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
