@@ -116,14 +116,14 @@ def train(config: TrainConfig, out: Path) -> Artefact:
             config,
             block_size=store.block_size,
             validate=_joint_validation(config, writer, corpus, store.block_size),
-            gather_targets=_verified(store),
+            gather_targets=verified(store),
             alpha=config.alpha,
         )
         parameters = sum(weight.numel() for weight in memory.parameters())
         return writer.finish(best=best_row(curve), parameters=parameters)
 
 
-def _verified(store: TargetStore) -> GatherTargets:
+def verified(store: TargetStore) -> GatherTargets:
     """Gathers rows and checks that each belongs to the position and label it is meant for."""
 
     def gather(positions: np.ndarray, labels: np.ndarray) -> SparseTargets:
