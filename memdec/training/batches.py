@@ -59,4 +59,4 @@ class BlockCollator:
 
 def _with_empty_rows(indptr: torch.Tensor, real: np.ndarray) -> torch.Tensor:
     """Row offsets for all of `real` [rows]: the given rows in order where true, empty elsewhere."""
-    return indptr[torch.from_numpy(np.concatenate([[0], np.cumsum(real)]))]
+    return torch.from_numpy(indptr.numpy()[np.concatenate([[0], np.cumsum(real)])])

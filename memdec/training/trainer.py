@@ -163,8 +163,7 @@ def _train(
         log_level="error",
         disable_tqdm=True,
         remove_unused_columns=False,
-        # The next batches are read, and sent, while the GPU works on this one.
-        dataloader_num_workers=2 if on_gpu else 0,
+        # A batch is read and sent while the GPU works on the one before.
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},
         use_cpu=device.type == "cpu",
