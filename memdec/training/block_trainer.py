@@ -84,7 +84,7 @@ class BlockTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         arguments: dict[str, Any] = {
-            "targets": _targets(inputs),
+            "targets": batch_targets(inputs),
             "labels": inputs["labels"],
             "alpha": self.alpha,
             "ignore_index": IGNORE_INDEX,
@@ -95,7 +95,7 @@ class BlockTrainer(Trainer):
                 logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
                 parts = sparse_kl_loss(logits, **arguments)
             else:
-                with _loss_for_logits(self.output_layer, arguments):
+                with loss_for_logits(self.output_layer, arguments):
                     parts = model(input_ids=inputs["input_ids"], use_cache=False).logits
         self.loss_sums += torch.stack([parts.loss.detach(), parts.kl, parts.ce])
         # The divisor is that of all processes, over which data-parallel wrappers average gradients.
@@ -123,7 +123,7 @@ def plain_output_layer(model: PreTrainedModel) -> torch.nn.Linear | None:
 
 
 @contextlib.contextmanager
-def _loss_for_logits(layer: torch.nn.Linear, arguments: dict[str, Any]) -> Iterator[None]:
+def loss_for_logits(layer: torch.nn.Linear, arguments: dict[str, Any]) -> Iterator[None]:
     """Inside, the model's ``logits`` are the `SparseKLOutput` of its hidden states.
 
     Within the model's own forward pass, where wrappers (DDP, FSDP) have the weights ready and see the
@@ -141,7 +141,7 @@ def _loss_for_logits(layer: torch.nn.Linear, arguments: dict[str, Any]) -> Itera
         del layer.forward
 
 
-def _targets(inputs: dict[str, torch.Tensor]) -> SparseTargets:
+def batch_targets(inputs: dict[str, torch.Tensor]) -> SparseTargets:
     """The batch's targets; without, an empty row a label: with alpha 0 that is cross-entropy."""
     if "target_indptr" in inputs:
         return SparseTargets(

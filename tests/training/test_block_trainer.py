@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sharded_gradients
 import step_equality
 import torch
 from safetensors.torch import load_file
@@ -48,11 +49,21 @@ def test_processes_with_uneven_shards_are_one_process(
 ) -> None:
     """19 blocks of two lengths: some process has fewer tokens, in the last step even none."""
     out = tmp_path / "weights.safetensors"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command = [*launch, "--standalone", step_equality.__file__, out, str(batch), str(accumulation)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(processes, step_equality.__file__, str(out), str(batch), str(accumulation))
     assert_same(load_file(out), one_batch)
+
+
+def test_a_sharded_model_has_the_same_gradients() -> None:
+    launch(2, sharded_gradients.__file__)
+
+
+def launch(processes: int, *command: str) -> None:
+    """Runs a script in several processes on the CPU (gloo)."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*run, str(processes), *command], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_training_makes_no_logits(
