@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,30 +236,27 @@ class Clock(TrainerCallback):
 
     @contextlib.contextmanager
     def watch_gpu(self) -> Iterator[None]:
-        """Samples the GPU's utilisation ten times a second while inside; not without nvidia-smi."""
-        command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu", "-lms", "100"]
-        if not torch.cuda.is_available():
+        """Asks nvidia-smi, while inside, what share of the last moment a kernel ran."""
+        if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
             yield
             return
-        import threading
+        command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu"]
+        command += ["--format=csv,noheader,nounits"]
+        over = threading.Event()
 
-        query = subprocess.Popen(
-            [*command, "--format=csv,noheader,nounits"], stdout=subprocess.PIPE, text=True
-        )
-
-        def read() -> None:
-            assert query.stdout is not None
-            for line in query.stdout:
+        def ask() -> None:
+            while not over.wait(0.1):
+                answer = subprocess.run(command, capture_output=True, text=True).stdout
                 with contextlib.suppress(ValueError):  # "[N/A]"
-                    self.samples.append((time.perf_counter(), float(line) / 100))
+                    self.samples.append((time.perf_counter(), float(answer) / 100))
 
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
+        asking = threading.Thread(target=ask)
+        asking.start()
         try:
             yield
         finally:
-            query.terminate()
-            reader.join(timeout=5)
+            over.set()
+            asking.join()
 
     def gpu_busy(self) -> float | None:
         within = [busy for at, busy in self.samples if self.begin < at < self.end]
