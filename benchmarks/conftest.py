@@ -38,11 +38,12 @@ def device(pytestconfig: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`contender` runs over eager, compiled and memdec; `shape` over the module's for the device."""
+    """`contender` runs over eager, compiled, the module's RIVALS and memdec; `shape` over its SHAPES."""
     device = metafunc.config.getoption("--device")
     if "contender" in metafunc.fixturenames:
         compiled = device == "cuda" or metafunc.config.getoption("--compiled")
-        names = ["eager", *(["compiled"] if compiled else []), "memdec"]
+        rivals = getattr(metafunc.module, "RIVALS", [])
+        names = ["eager", *(["compiled"] if compiled else []), *rivals, "memdec"]
         metafunc.parametrize("contender", names)
     if "shape" in metafunc.fixturenames:
         shapes = metafunc.module.SHAPES[device]

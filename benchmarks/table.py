@@ -1,4 +1,4 @@
-"""Prints a pytest-benchmark JSON of this folder as a Markdown table.
+"""Prints results of this folder as Markdown tables: pytest-benchmark's, and training_step.py's.
 
 python benchmarks/table.py benchmarks/results/*.json
 """
@@ -17,6 +17,8 @@ def _time(seconds: float) -> str:
 def table(path: Path) -> str:
     """One line a case: each contender's median time, share of the floor, speed-up over eager."""
     result = json.loads(path.read_text())
+    if "training_step" in result:
+        return training_table(result)
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -29,6 +31,8 @@ def table(path: Path) -> str:
             "share": share,
             "memory": memory,
         }
+    from_hidden = {key: found for key, found in cases.items() if "three products" in found}
+    cases = {key: found for key, found in cases.items() if key not in from_hidden}
     contenders = ["dense eager", "eager", "compiled", "memdec"]
     used = [name for name in contenders if any(name in case for case in cases.values())]
     lines = [
@@ -46,6 +50,41 @@ def table(path: Path) -> str:
         if ours and "eager" in found:
             gain = f"{found['eager']['seconds'] / ours['seconds']:.1f} x"
         lines.append(f"| {op} | {case} | " + " | ".join(times) + f" | {share} | {gain} |")
+    if not cases:
+        del lines[1:]
+    for (op, case), found in from_hidden.items():
+        lines += ["", *_from_hidden_states(op, case, found)]
+    return "\n".join(lines)
+
+
+def _from_hidden_states(op: str, case: str, found: dict[str, dict]) -> list[str]:
+    """A line a contender: its time, that in units of the matrix products alone, and its memory."""
+    products = found["three products"]["seconds"]
+    lines = [f"{op}: {case}", "", "| | time | x products | extra memory |", "|---" * 4 + "|"]
+    for name, entry in found.items():
+        memory = "" if entry["memory"] is None else f"{entry['memory'] / 1e9:.2f} GB"
+        ratio = entry["seconds"] / products
+        lines.append(f"| {name} | {_time(entry['seconds'])} | {ratio:.2f} | {memory} |")
+    return lines
+
+
+def training_table(result: dict) -> str:
+    """One line a contender of training_step.py."""
+    machine = result["machine_info"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}. "
+        f"{result['setting']}.",
+        "",
+        "| trainer | compiled | tokens a second | time of a step | peak memory | GPU busy |",
+        "|---" * 6 + "|",
+    ]
+    for row in result["training_step"]:
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
+        busy = "" if row["gpu_busy"] is None else f"{row['gpu_busy']:.0%}"
+        lines.append(
+            f"| {row['contender']} | {'yes' if row['compiled'] else 'no'} | "
+            f"{row['tokens_per_second']:,.0f} | {_time(row['step_seconds'])} | {memory} | {busy} |"
+        )
     return "\n".join(lines)
 
 

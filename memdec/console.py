@@ -1,21 +1,25 @@
 """What a long run tells: one bar with rate and ETA on a terminal, plain lines elsewhere.
 
-Everything goes to standard error, so that a command's result on standard output can be piped.
+Everything goes to standard error, so that a command's result on standard output can be piped. Of the
+processes that a launcher starts only the first talks.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
 from typing import Self
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SILENT = os.environ.get("RANK", "0") != "0"
 
 
 def say(message: str) -> None:
     """One plain line for the person who runs the command."""
-    print(message, file=sys.stderr, flush=True)
+    if not _SILENT:
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -37,7 +41,8 @@ class Progress:
         self._start = time.monotonic()
         self._last_line = self._start
         self._note = ""
-        self._bar = _terminal_bar(description, total, done) if sys.stderr.isatty() else None
+        on_terminal = sys.stderr.isatty() and not _SILENT
+        self._bar = _terminal_bar(description, total, done) if on_terminal else None
 
     def advance(self, units: int, note: str = "") -> None:
         """Adds finished units; `note` is a short extra such as ``"loss 3.21"``."""

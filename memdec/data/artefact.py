@@ -92,6 +92,15 @@ class StageWriter:
         self._progress = progress
         self._start = time.monotonic()
 
+    @classmethod
+    def watch(cls, path: Path) -> StageWriter:
+        """The writer of a stage that another process has open, as it is now and to be read only."""
+        finished = (path / MANIFEST).exists()
+        progress = {"files": {}, "notes": {}} if finished else _read_json(path / PROGRESS)
+        writer = cls(path, progress)
+        writer.finished = finished
+        return writer
+
     def has(self, name: str) -> bool:
         """Whether the file was finished, now or in an earlier run."""
         return name in self._progress["files"]

@@ -6,6 +6,7 @@ itself left out by id, each weighing ``exp(-squared distance / temperature)``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,7 +250,7 @@ class TargetStore:
         return float(self.artefact.manifest["temperature"])
 
     def gather(self, positions: np.ndarray) -> TargetRows:
-        """Rows of the given train positions, int64 [n], in that order; one random access a row.
+        """Rows of the given train positions, int64 [n], in that order; one copy for each run of them.
 
         The positions and labels returned are those that were stored with the rows, for the caller
         to compare with the batch they are meant for.
@@ -263,34 +264,37 @@ class TargetStore:
 
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"positions must be in [0, {len(self)}), got {positions}")
-        numbers, local = np.divmod(positions, self._rows_a_shard)
-        starts = self._pick("indptr", np.int64, numbers, local)
-        lengths = self._pick("indptr", np.int64, numbers, local + 1) - starts
-        indptr = np.concatenate([[0], np.cumsum(lengths)])
-        slots = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths)
-        slot_numbers = np.repeat(numbers, lengths)
-        has_dropped = "dropped_mass" in self.artefact.manifest["dtypes"]
-        dropped = self._pick("dropped_mass", np.float32, numbers, local) if has_dropped else None
-        return TargetRows(
-            SparseTargets(
-                torch.from_numpy(indptr),
-                torch.from_numpy(self._pick("token_ids", np.int32, slot_numbers, slots)),
-                torch.from_numpy(self._pick("probs", np.float32, slot_numbers, slots)),
-                None if dropped is None else torch.from_numpy(dropped),
-            ),
-            torch.from_numpy(self._pick("position", np.int64, numbers, local)),
-            torch.from_numpy(self._pick("label", np.int64, numbers, local)),
+        names = ["token_ids", "probs", "position", "label"]
+        if "dropped_mass" in self.artefact.manifest["dtypes"]:
+            names.append("dropped_mass")
+        # Begun with empty arrays of the right dtypes: there may be no position.
+        shard = self._shard(0)
+        lengths = [np.empty(0, np.int64)]
+        parts = {name: [shard[name][:0]] for name in names}
+        for number, rows in self._runs(positions):
+            shard = self._shard(number)
+            indptr = shard["indptr"][rows.start : rows.stop + 1]
+            lengths.append(np.diff(indptr))
+            for name in names:
+                slots = slice(indptr[0], indptr[-1]) if name in ("token_ids", "probs") else rows
+                parts[name].append(shard[name][slots])
+        joined = {name: torch.from_numpy(np.concatenate(parts[name])) for name in names}
+        targets = SparseTargets(
+            torch.from_numpy(np.concatenate([[0], np.cumsum(np.concatenate(lengths))])),
+            joined["token_ids"],
+            joined["probs"],
+            joined.get("dropped_mass"),
         )
+        return TargetRows(targets, joined["position"].long(), joined["label"].long())
 
-    def _pick(
-        self, name: str, dtype: type[np.generic], numbers: np.ndarray, indices: np.ndarray
-    ) -> np.ndarray:
-        """Entry `indices[i]` of array `name` of shard `numbers[i]`, for every i."""
-        picked = np.empty(len(numbers), dtype)
-        for number in np.flatnonzero(np.bincount(numbers)).tolist():
-            here = numbers == number
-            picked[here] = self._shard(number)[name][indices[here]]
-        return picked
+    def _runs(self, positions: np.ndarray) -> Iterator[tuple[int, slice]]:
+        """Shard and rows in it of each run of consecutive positions, in order."""
+        numbers, local = np.divmod(positions, self._rows_a_shard)
+        ends = np.flatnonzero((np.diff(positions) != 1) | (np.diff(numbers) != 0))
+        firsts = [0, *(ends + 1).tolist()] if len(positions) else []
+        lasts = [*ends.tolist(), len(positions) - 1]
+        for first, last in zip(firsts, lasts, strict=False):
+            yield int(numbers[first]), slice(int(local[first]), int(local[last]) + 1)
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:
         if number not in self._shards:

@@ -27,7 +27,7 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FL
         raise TypeError(f"{name} must be {_names(dtypes)}, got {_name(tensor.dtype)}")
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a 0-dim tensor")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {tensor.stride(-1)} "
             "there: call .contiguous() first"

@@ -1,7 +1,7 @@
 """KL from a sparse target plus cross-entropy to the label, without a dense target."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from memdec.ops._rows import collapse, empty_like, overlaps_itself, rows_view
 from memdec.ops.sparse_targets import SparseTargets, check_targets, check_token_values
 from memdec.ops.token_log_probs import check_label_values
 
-_REDUCTIONS = ("none", "sum", "mean")  # Reduction in csrc/common/args.h
+REDUCTIONS = ("none", "sum", "mean")  # Reduction in csrc/common/args.h
 
 
 class SparseKLOutput(NamedTuple):
@@ -88,22 +88,7 @@ def sparse_kl_loss(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
     _checks.check_logits("logits", logits)
-    check_targets(targets)
-    _checks.check_device("targets", targets.probs, logits)
-    rows = math.prod(logits.shape[:-1])
-    if len(targets) != rows:
-        raise ValueError(f"targets must have {rows} rows, as many as logits, got {len(targets)}")
-    if labels is not None:
-        _checks.check_labels(labels, logits)
-    _checks.check_fraction("alpha", alpha)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-    _checks.check_int("ignore_index", ignore_index)
-    divisor = None
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"normalizer is for reduction mean, got it with {reduction}")
-        divisor = _divisor(normalizer, logits.device)
+    divisor = check_loss(logits, targets, labels, alpha, reduction, ignore_index, normalizer)
     vocab_size = _checks.check_vocab_size(vocab_size, logits.shape[-1])
     differentiated = needs_gradient(logits)
     with_gradient = (
@@ -121,7 +106,7 @@ def sparse_kl_loss(
         labels,
         alpha,
         ignore_index,
-        _REDUCTIONS.index(reduction),
+        REDUCTIONS.index(reduction),
         divisor,
         vocab_size,
         with_gradient,
@@ -129,6 +114,37 @@ def sparse_kl_loss(
         differentiated=differentiated,
     )
     return SparseKLOutput(loss, kl, ce)
+
+
+def check_loss(
+    rows_of: Tensor,
+    targets: SparseTargets,
+    labels: Tensor | None,
+    alpha: float,
+    reduction: str,
+    ignore_index: int,
+    normalizer: int | float | Tensor | None,
+) -> Tensor | None:
+    """Checks what every form of the loss takes beside the logits; returns the given divisor.
+
+    `rows_of` has the logits' leading dimensions and their device.
+    """
+    check_targets(targets)
+    _checks.check_device("targets", targets.probs, rows_of)
+    rows = math.prod(rows_of.shape[:-1])
+    if len(targets) != rows:
+        raise ValueError(f"targets must have {rows} rows, as many as logits, got {len(targets)}")
+    if labels is not None:
+        _checks.check_labels(labels, rows_of)
+    _checks.check_fraction("alpha", alpha)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+    _checks.check_int("ignore_index", ignore_index)
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"normalizer is for reduction mean, got it with {reduction}")
+    return _divisor(normalizer, rows_of.device)
 
 
 def _divisor(normalizer: int | float | Tensor, device: torch.device) -> Tensor:
@@ -181,7 +197,7 @@ def reference_sparse_kl(
         loss = alpha * kl + (1 - alpha) * ce
         if alpha in (0, 1):
             loss = torch.where(kl.isnan(), kl, kl if alpha == 1 else ce)
-    counted = _counted(indptr, labels, ignore_index)
+    counted = counted_rows(indptr, labels, ignore_index)
     loss, kl, ce = (torch.where(counted, value, 0.0) for value in (loss, kl, ce))
     return loss, kl, ce
 
@@ -211,7 +227,7 @@ def reference_sparse_kl_backward(
         result += (1 - alpha) * (q - onehot)
         result = torch.where(named[:, None], result, math.nan)
     result *= grad.double()[:, None]
-    result = torch.where(_counted(indptr, labels, ignore_index)[:, None], result, 0.0)
+    result = torch.where(counted_rows(indptr, labels, ignore_index)[:, None], result, 0.0)
     return torch.nn.functional.pad(result, (0, logits.shape[-1] - vocab_size))
 
 
@@ -225,14 +241,14 @@ def _entries(
     return rows, ids, inside, torch.where(named, probs.double(), math.nan)
 
 
-def _counted(indptr: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+def counted_rows(indptr: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
     return indptr.diff() > 0 if labels is None else labels != ignore_index
 
 
 # ---- the registered ops ----
 
 
-class _Inputs(NamedTuple):
+class SparseKLInputs(NamedTuple):
     """What both ops take, in the order of the schemas."""
 
     logits: Tensor
@@ -250,29 +266,58 @@ def _sparse_kl(*arguments: Any) -> tuple[Tensor, ...]:
     Last, with `with_gradient`, the gradient of the logits for an upstream gradient of 1, made while
     the kernel has the row at hand; else an empty tensor.
     """
-    inputs = _Inputs(*arguments[:7])
+    inputs = SparseKLInputs(*arguments[:7])
     reduction, normalizer, vocab_size, with_gradient, _ = arguments[7:]
-    outputs = loss, kl, ce, stats, scale, gradient = _fake(*arguments)
-    logits, _, token_ids, _, labels, alpha, ignore_index = inputs
-    if environment.check_values:
-        check_token_values(inputs.indptr, token_ids, vocab_size)
-        if labels is not None:
-            check_label_values(labels, vocab_size, ignore_index)
-    rows = math.prod(logits.shape[:-1])
-    if rows == 0:
+    outputs = loss, kl, ce, _, scale, gradient = _fake(*arguments)
+    check_values(inputs, vocab_size)
+    if math.prod(inputs.logits.shape[:-1]) == 0:
         for value in (loss, kl, ce, scale):
             value.zero_()
-        return outputs
+    else:
+        forward_into(
+            outputs[:5],
+            gradient if with_gradient else None,
+            inputs,
+            reduction,
+            normalizer,
+            vocab_size,
+        )
+    return outputs
+
+
+def check_values(inputs: SparseKLInputs, vocab_size: int) -> None:
+    """For MEMDEC_CHECK_VALUES=1: ValueError for a label or a token id that names no token."""
+    if environment.check_values:
+        check_token_values(inputs.indptr, inputs.token_ids, vocab_size)
+        if inputs.labels is not None:
+            check_label_values(inputs.labels, vocab_size, inputs.ignore_index)
+
+
+def forward_into(
+    outputs: Sequence[Tensor],
+    gradient: Tensor | None,
+    inputs: SparseKLInputs,
+    reduction: int,
+    normalizer: Tensor | None,
+    vocab_size: int,
+) -> None:
+    """Writes loss, kl, ce, stats and scale of one or more rows to `outputs`, as `_fake` shapes them.
+
+    And to `gradient`, which may be the logits themselves, the gradient of a reduced loss.
+    """
+    loss, kl, ce, stats, scale = outputs
+    rows = stats.numel() // 2
+    logits, _, token_ids, _, _, alpha, ignore_index = inputs
     kernels = _native.kernels_for(logits.device.type)
     if kernels is None:
-        _reference_into(inputs, reduction, normalizer, vocab_size, outputs[:5])
-        if with_gradient:
+        _reference_into(inputs, reduction, normalizer, vocab_size, outputs)
+        if gradient is not None:
             one = torch.ones((), device=logits.device)
-            _backward_into(gradient, one, *inputs, vocab_size, stats, scale)
-        return outputs
+            backward_into(gradient, one, *inputs, vocab_size, stats, scale)
+        return
     logits, view = rows_view(logits)
     indptr, token_ids, probs, labels = _contiguous(inputs)
-    if _REDUCTIONS[reduction] == "none":
+    if REDUCTIONS[reduction] == "none":
         row_values = [loss, kl, ce]
         reduced = [0, 0, 0, 0]
     else:
@@ -295,15 +340,14 @@ def _sparse_kl(*arguments: Any) -> tuple[Tensor, ...]:
         *(value.data_ptr() for value in row_values),
         stats.data_ptr(),
         *reduced,
-        rows_view(gradient)[1] if with_gradient else None,
+        None if gradient is None else rows_view(gradient)[1],
     )
-    return outputs
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     logits, reduction, with_gradient = arguments[0], arguments[7], arguments[10]
     lead = logits.shape[:-1]
-    by_row = _REDUCTIONS[reduction] == "none"
+    by_row = REDUCTIONS[reduction] == "none"
 
     def empty(shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -321,11 +365,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _reference_into(
-    inputs: _Inputs,
+    inputs: SparseKLInputs,
     reduction: int,
     normalizer: Tensor | None,
     vocab_size: int,
-    outputs: tuple[Tensor, ...],
+    outputs: Sequence[Tensor],
 ) -> None:
     *values, stats, scale = outputs
     stats.zero_()  # the reference's backward works without them
@@ -333,15 +377,15 @@ def _reference_into(
     row_values = torch.empty(3, rows, dtype=torch.float64, device=stats.device)
     for chunk, part in _chunks(inputs, rows):
         row_values[:, chunk] = torch.stack(reference_sparse_kl(*part, vocab_size))
-    if _REDUCTIONS[reduction] == "none":
+    if REDUCTIONS[reduction] == "none":
         for value, row_value in zip(values, row_values, strict=True):
             value.copy_(row_value.view(value.shape))
         return
-    if _REDUCTIONS[reduction] == "sum":
+    if REDUCTIONS[reduction] == "sum":
         scale.fill_(1.0)
     else:
         labels = None if inputs.labels is None else inputs.labels.reshape(rows)
-        counted = _counted(inputs.indptr, labels, inputs.ignore_index).sum()
+        counted = counted_rows(inputs.indptr, labels, inputs.ignore_index).sum()
         divisor = counted if normalizer is None else normalizer
         scale.copy_(torch.where(counted > 0, 1.0 / divisor.double(), 0.0))
     for value, row_value in zip(values, row_values, strict=True):
@@ -351,7 +395,7 @@ def _reference_into(
 def _sparse_kl_backward(*arguments: Any) -> Tensor:
     logits = arguments[1]
     result = empty_like(logits, logits.dtype)
-    _backward_into(result, *arguments)
+    backward_into(result, *arguments)
     return result
 
 
@@ -360,10 +404,10 @@ def _fake_backward(*arguments: Any) -> Tensor:
     return empty_like(logits, logits.dtype)
 
 
-def _backward_into(result: Tensor, *arguments: Any) -> None:
+def backward_into(result: Tensor, *arguments: Any) -> None:
     """Writes the gradient to `result`, which may be the logits themselves."""
     grad, *fields, vocab_size, stats, scale = arguments
-    inputs = _Inputs(*fields)
+    inputs = SparseKLInputs(*fields)
     logits, *_, alpha, ignore_index = inputs
     rows = stats.numel() // 2
     if rows == 0:
@@ -404,7 +448,7 @@ def _backward_into(result: Tensor, *arguments: Any) -> None:
     )
 
 
-def _chunks(inputs: _Inputs, rows: int) -> Iterator[tuple[slice, _Inputs]]:
+def _chunks(inputs: SparseKLInputs, rows: int) -> Iterator[tuple[slice, SparseKLInputs]]:
     """Row slices, and the inputs of each as the reference takes them."""
     logits, indptr, token_ids, probs, labels, alpha, ignore_index = inputs
     logits = logits.reshape(rows, logits.shape[-1])
@@ -416,10 +460,13 @@ def _chunks(inputs: _Inputs, rows: int) -> Iterator[tuple[slice, _Inputs]]:
             first, end = int(offsets[0]), int(offsets[-1])
             offsets, ids, p = offsets - first, ids[first:end], p[first:end]
         chunk_labels = None if labels is None else labels.reshape(rows)[chunk]
-        yield chunk, _Inputs(logits[chunk], offsets, ids, p, chunk_labels, alpha, ignore_index)
+        yield (
+            chunk,
+            SparseKLInputs(logits[chunk], offsets, ids, p, chunk_labels, alpha, ignore_index),
+        )
 
 
-def _contiguous(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _contiguous(inputs: SparseKLInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     labels = inputs.labels
     return (
         inputs.indptr.contiguous(),
@@ -429,7 +476,7 @@ def _contiguous(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
     )
 
 
-def _rescale(gradient: Tensor, grad: Tensor) -> Tensor:
+def rescale(gradient: Tensor, grad: Tensor) -> Tensor:
     """`gradient * grad`, written over `gradient`; without the host reading the 0-dim `grad`."""
     kernels = _native.kernels_for(gradient.device.type)
     if gradient.numel() == 0:
@@ -476,7 +523,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         if is_traced(gradient):
             return ((gradient.float() * grad).to(gradient.dtype), *nothing)
         ctx.spent = True  # from here on the buffer may be somebody's .grad
-        return (_rescale(gradient, grad), *nothing)
+        return (rescale(gradient, grad), *nothing)
     logits, indptr, token_ids, probs, labels, stats, scale = ctx.saved_tensors
     alpha, ignore_index, vocab_size = ctx.numbers
     arguments = (
@@ -500,7 +547,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     ):
         ctx.spent = True
         result = logits.detach()
-        _backward_into(result, *arguments)
+        backward_into(result, *arguments)
         # Autograd's own check then catches an op before this one that saved the logits.
         torch.autograd.graph.increment_version(logits)
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memdec.config import option, require
 from memdec.console import say
-from memdec.data.artefact import Artefact, stage
+from memdec.data.artefact import Artefact
 from memdec.training.options import LoopConfig
 
 KIND = "adapt"
@@ -46,7 +46,10 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
         load_tokenizer,
         model_fingerprint,
     )
+    from memdec.training.processes import join_processes, shared_stage
     from memdec.training.trainer import best_row, fit
+
+    processes = join_processes(config.device)
 
     corpus = TokenCorpus.open(config.tokens)
     tokenizer = corpus.tokenizer()
@@ -67,13 +70,14 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
         nll = -float(scores.mean(dtype=float))
         return {"nll": nll, "score": nll}
 
-    with stage(out, KIND, params, inputs) as writer:
+    with shared_stage(processes, out, KIND, params, inputs) as writer:
         if writer.finished:
             say(f"adapt: already done in {out}")
             return Artefact.open(out, KIND)
         model = load_model(config.model)
         check_model(model, config.block_size, corpus.vocab_size)
         curve = fit(
+            processes,
             writer,
             "model",
             model,
@@ -83,4 +87,7 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
             block_size=config.block_size,
             validate=validate,
         )
-        return writer.finish(best=best_row(curve))
+        if processes.is_main_process:
+            writer.finish(best=best_row(curve))
+        processes.wait_for_everyone()
+        return Artefact.open(out, KIND)

@@ -20,8 +20,8 @@ class BlockCollator:
     """Block numbers in, one batch out.
 
     ``input_ids`` and ``labels`` are int64 [batch, length]; a short last block is padded at its end
-    with ignored labels, which no earlier position sees. Targets have a row for every label, empty
-    where it is ignored.
+    with ignored labels, which no earlier position sees. The number after the last block's stands for
+    an empty block. Targets have a row for every label, empty where it is ignored.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class BlockCollator:
         self.gather_targets = gather_targets
 
     def __call__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
-        blocks = [self.stream.block(number, self.block_size) for number in numbers]
-        length = max(len(inputs) for inputs, _ in blocks)
+        blocks = [self._block(number) for number in numbers]
+        length = max(1, *(len(inputs) for inputs, _ in blocks))
         input_ids = np.zeros((len(blocks), length), np.int64)
         labels = np.full((len(blocks), length), IGNORE_INDEX, np.int64)
         positions = np.full((len(blocks), length), -1, np.int64)
@@ -51,7 +51,12 @@ class BlockCollator:
             batch["target_probs"] = targets.probs
         return batch
 
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if number == self.stream.blocks(self.block_size):
+            return np.empty(0, np.int32), np.empty(0, np.int32)
+        return self.stream.block(number, self.block_size)
+
 
 def _with_empty_rows(indptr: torch.Tensor, real: np.ndarray) -> torch.Tensor:
     """Row offsets for all of `real` [rows]: the given rows in order where true, empty elsewhere."""
-    return indptr[torch.from_numpy(np.concatenate([[0], np.cumsum(real)]))]
+    return torch.from_numpy(indptr.numpy()[np.concatenate([[0], np.cumsum(real)])])

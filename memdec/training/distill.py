@@ -10,13 +10,14 @@ import numpy as np
 
 from memdec.config import option, require
 from memdec.console import say
-from memdec.data.artefact import Artefact, StageWriter, check_input, stage
+from memdec.data.artefact import Artefact, StageWriter, check_input
 from memdec.data.corpus import TokenCorpus
 from memdec.data.targets import TargetStore
 from memdec.errors import MemdecError
 from memdec.training.options import LoopConfig
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
+    from accelerate import PartialState
     from transformers import PreTrainedModel
 
     from memdec.ops import SparseTargets
@@ -75,8 +76,10 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         model_fingerprint,
     )
     from memdec.modeling.memory_init import initial_memory
+    from memdec.training.processes import join_processes, shared_stage
     from memdec.training.trainer import best_row, fit
 
+    processes = join_processes(config.device)
     corpus = TokenCorpus.open(config.tokens)
     store = TargetStore.open(config.targets)
     check_input(store.artefact, "tokens", corpus.fingerprint)
@@ -95,7 +98,7 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         params["memory_init"] = config.memory_init
     inputs = {name: model_fingerprint(model) for name, model in models.items()}
     inputs |= {"tokens": corpus.fingerprint, "targets": store.artefact.fingerprint}
-    with stage(out, KIND, params, inputs) as writer:
+    with shared_stage(processes, out, KIND, params, inputs) as writer:
         if writer.finished:
             say(f"train: already done in {out}")
             return Artefact.open(out, KIND)
@@ -108,6 +111,7 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         )
         check_model(memory, store.block_size, corpus.vocab_size)
         curve = fit(
+            processes,
             writer,
             "memory",
             memory,
@@ -115,15 +119,18 @@ def train(config: TrainConfig, out: Path) -> Artefact:
             corpus.split("train"),
             config,
             block_size=store.block_size,
-            validate=_joint_validation(config, writer, corpus, store.block_size),
-            gather_targets=_verified(store),
+            validate=_joint_validation(config, processes, writer, corpus, store.block_size),
+            gather_targets=verified(store),
             alpha=config.alpha,
         )
         parameters = sum(weight.numel() for weight in memory.parameters())
-        return writer.finish(best=best_row(curve), parameters=parameters)
+        if processes.is_main_process:
+            writer.finish(best=best_row(curve), parameters=parameters)
+        processes.wait_for_everyone()
+        return Artefact.open(out, KIND)
 
 
-def _verified(store: TargetStore) -> GatherTargets:
+def verified(store: TargetStore) -> GatherTargets:
     """Gathers rows and checks that each belongs to the position and label it is meant for."""
 
     def gather(positions: np.ndarray, labels: np.ndarray) -> SparseTargets:
@@ -143,7 +150,11 @@ def _verified(store: TargetStore) -> GatherTargets:
 
 
 def _joint_validation(
-    config: TrainConfig, writer: StageWriter, corpus: TokenCorpus, block_size: int
+    config: TrainConfig,
+    processes: PartialState,
+    writer: StageWriter,
+    corpus: TokenCorpus,
+    block_size: int,
 ) -> Validate:
     """Scores a memory by the nll of base and memory at the best lmbda on validation."""
     from memdec.evaluation.forward import label_log_probs
@@ -160,10 +171,11 @@ def _joint_validation(
             description=description,
         )
 
-    if not writer.has("base.npy"):
+    if processes.is_main_process and not writer.has("base.npy"):
         base_model = load_model(config.base, device=config.device)
         array = score(base_model, "base on validation")
         writer.write("base.npy", lambda file: np.save(file, array))
+    processes.wait_for_everyone()
     base = np.load(writer.file("base.npy"))
 
     def validate(memory: PreTrainedModel) -> dict[str, float]:

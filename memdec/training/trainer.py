@@ -1,11 +1,12 @@
 """The training loop of the adapted teacher, the memory and the demo's base: transformers' Trainer.
 
 Total batch arithmetic: an optimizer step takes ``batch_blocks * gradient_accumulation`` blocks of
-``block_size`` tokens; an epoch has ``ceil(blocks / that)`` steps. Loss and gradient of a step are the
-mean over its tokens, however they are spread over forward passes.
+``block_size`` tokens from each process; an epoch has ``ceil(blocks / that)`` steps. Loss and gradient
+of a step are the mean over its tokens, however they are spread over forward passes and processes.
 
 A checkpoint counts once its ``curve.json`` is there, which is written last. So a run that was killed
 goes on from the last whole checkpoint and, on the CPU, ends with the bytes of an undisturbed run.
+Of several processes all validate, so that none waits, and the main one decides and writes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -36,8 +38,8 @@ from memdec.data.artefact import StageWriter, clear_disk_errors
 from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
 from memdec.modeling.loading import pick_device
-from memdec.ops import SparseTargets, sparse_kl_loss
-from memdec.training.batches import IGNORE_INDEX, BlockCollator, GatherTargets
+from memdec.training.batches import BlockCollator, GatherTargets
+from memdec.training.block_trainer import BlockTrainer
 from memdec.training.options import LoopConfig
 
 CURVE = "curve.json"
@@ -47,6 +49,7 @@ Validate = Callable[[PreTrainedModel], dict[str, float]]
 
 
 def fit(
+    processes: PartialState,
     writer: StageWriter,
     name: str,
     model: PreTrainedModel,
@@ -62,6 +65,7 @@ def fit(
     """Trains `model` in place and writes the weights of its best validation.
 
     Args:
+        processes: those that call this together, each with the same arguments.
         writer: gets the model directory `name`, with the tokenizer, and ``curve.json``. Checkpoints
             and ``log.jsonl`` lie beside them; the checkpoints go when all is written.
         model: float32 weights; moved to the device.
@@ -81,6 +85,7 @@ def fit(
     if not writer.has_directory(name):
         with clear_disk_errors(work):
             best, curve = _train(
+                processes,
                 work,
                 model,
                 stream,
@@ -92,14 +97,17 @@ def fit(
                 log=writer.file("log.jsonl"),
             )
         text = json.dumps(curve, indent=1) + "\n"
-        writer.write(CURVE, lambda file: file.write(text.encode()))
 
         def copy(path: Path) -> None:
             shutil.copytree(best, path, dirs_exist_ok=True)
             tokenizer.save_pretrained(path)
 
-        writer.write_directory(name, copy)
-    shutil.rmtree(work, ignore_errors=True)
+        if processes.is_main_process:
+            writer.write(CURVE, lambda file: file.write(text.encode()))
+            writer.write_directory(name, copy)
+    if processes.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+    processes.wait_for_everyone()
     return json.loads(writer.file(CURVE).read_text())
 
 
@@ -123,6 +131,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @_quiet_transformers()
 def _train(
+    processes: PartialState,
     work: Path,
     model: PreTrainedModel,
     stream: TokenStream,
@@ -138,17 +147,23 @@ def _train(
     device = torch.device(pick_device(config.device))
     if device.index is not None:
         torch.cuda.set_device(device)  # Trainer takes the current one
+    on_gpu = device.type == "cuda"
     blocks = stream.blocks(block_size)
-    steps_per_epoch = math.ceil(blocks / (config.batch_blocks * config.gradient_accumulation))
+    blocks_a_step = config.batch_blocks * config.gradient_accumulation * processes.num_processes
+    steps_per_epoch = math.ceil(blocks / blocks_a_step)
     total_steps = steps_per_epoch * config.epochs
     work.mkdir(parents=True, exist_ok=True)
+    if processes.is_main_process:
+        _remove_parts(work)
+    processes.wait_for_everyone()
     checkpoint, curve = _last_checkpoint(work)
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_blocks,
         gradient_accumulation_steps=config.gradient_accumulation,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        torch_compile=config.compile,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
@@ -162,7 +177,9 @@ def _train(
         log_level="error",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
+        # A batch is read and sent while the GPU works on the one before.
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
         use_cpu=device.type == "cpu",
         use_cache=True,  # else the saved configuration would switch the cache off for good
         seed=config.seed,
@@ -170,10 +187,10 @@ def _train(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device, never DataParallel
     trainer = BlockTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=range(blocks),
-        data_collator=BlockCollator(stream, block_size, gather_targets),
+        model,
+        arguments,
+        blocks=blocks,
+        collator=BlockCollator(stream, block_size, gather_targets),
         alpha=alpha,
         arithmetic=_arithmetic(device, config.dtype),
     )
@@ -199,75 +216,10 @@ def _train(
     return schedule.best_weights(), curve
 
 
-class BlockTrainer(Trainer):
-    """Trainer whose loss is ``alpha * KL(target || model) + (1 - alpha) * CE`` on unshifted labels."""
-
-    def __init__(
-        self,
-        *,
-        alpha: float,
-        arithmetic: Callable[[], contextlib.AbstractContextManager],
-        **rest: Any,
-    ) -> None:
-        super().__init__(**rest)
-        self.alpha = alpha
-        self.arithmetic = arithmetic
-        # The loss is already divided by the tokens of the whole step (get_batch_samples).
-        self.model_accepts_loss_kwargs = True
-        # Sums of loss, kl and ce since the last validation.
-        self.loss_sums = torch.zeros(3, device=self.args.device)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """The batches of one step and its counted tokens; Trainer's own count assumes a shift."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [batch["labels"].ne(IGNORE_INDEX).sum() for batch in batches]
-        return batches, torch.stack(counts).sum().to(device)
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        # Autocast is ours: accelerate's would copy the logits to float32, and they are the largest
-        # tensor of all.
-        with self.arithmetic():
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        labels = inputs["labels"]
-        if "target_indptr" in inputs:
-            targets = SparseTargets(
-                inputs["target_indptr"], inputs["target_ids"], inputs["target_probs"], None
-            )
-        else:
-            targets = _no_targets(labels)
-        parts = sparse_kl_loss(
-            logits,
-            targets,
-            labels,
-            alpha=self.alpha,
-            ignore_index=IGNORE_INDEX,
-            normalizer=num_items_in_batch,
-        )
-        self.loss_sums += torch.stack([parts.loss.detach(), parts.kl, parts.ce])
-        return parts.loss
-
-
-def _no_targets(labels: torch.Tensor) -> SparseTargets:
-    """An empty row for each label: with alpha 0 the loss is then plain cross-entropy."""
-    return SparseTargets(
-        torch.zeros(labels.numel() + 1, dtype=torch.int64, device=labels.device),
-        torch.empty(0, dtype=torch.int32, device=labels.device),
-        torch.empty(0, dtype=torch.float32, device=labels.device),
-        None,
-    )
-
-
 def _arithmetic(
     device: torch.device, dtype: str
 ) -> Callable[[], contextlib.AbstractContextManager]:
+    """Autocast is ours: accelerate's would copy the logits of a validation to float32."""
     reduced = dtype == "bfloat16" or (
         dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )
@@ -299,24 +251,28 @@ class _Schedule(TrainerCallback):
     def validate_now(self, step: int, epoch: float) -> None:
         row = {"step": step, "epoch": epoch}
         if step > 0:
-            loss, kl, ce = (self.trainer.loss_sums / (step - self.curve[-1]["step"])).tolist()
+            sums = self.trainer.accelerator.reduce(self.trainer.loss_sums, "sum")
+            loss, kl, ce = (sums / (step - self.curve[-1]["step"])).tolist()
             row |= {"train_loss": loss}
             if self.trainer.alpha > 0:
                 row |= {"train_kl": kl, "train_ce": ce}
             self.trainer.loss_sums.zero_()
         with self.trainer.arithmetic():
             row |= self.validate(self.model)
+        (row,) = broadcast_object_list([row])  # one decision for all processes
         if not math.isfinite(row["score"]):
             raise MemdecError(
                 f"the loss on validation is {row['score']} after {step} steps; "
                 "try a smaller learning_rate"
             )
         self.curve.append(row)
-        if best_row(self.curve) is row:
+        # The state of a sharded model is gathered from all processes.
+        weights = self.trainer.accelerator.get_state_dict(self.model)
+        if best_row(self.curve) is row and self.trainer.is_world_process_zero():
             # Renamed when whole; the former best goes only after the next checkpoint is whole.
             temporary = self.work / "best.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            self.model.save_pretrained(temporary)
+            self.model.save_pretrained(temporary, state_dict=weights)
             shutil.rmtree(self.best_weights(), ignore_errors=True)
             os.replace(temporary, self.best_weights())
 
@@ -338,6 +294,9 @@ class _Schedule(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each process writes a part
+        if not state.is_world_process_zero:
+            return
         marker = self.work / f"checkpoint-{state.global_step}" / CURVE
         temporary = marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.curve))
@@ -347,14 +306,16 @@ class _Schedule(TrainerCallback):
                 shutil.rmtree(path)
 
 
-def _last_checkpoint(work: Path) -> tuple[Path | None, list[dict[str, float]]]:
-    """The newest whole checkpoint and its curve; what a killed run left half-written is removed."""
-    whole = []
+def _remove_parts(work: Path) -> None:
+    """Removes checkpoints that a killed run left half-written."""
     for path in work.glob("checkpoint-*"):
-        if (path / CURVE).is_file():
-            whole.append(path)
-        else:
+        if not (path / CURVE).is_file():
             shutil.rmtree(path)
+
+
+def _last_checkpoint(work: Path) -> tuple[Path | None, list[dict[str, float]]]:
+    """The newest whole checkpoint and its curve."""
+    whole = list(work.glob("checkpoint-*"))
     if not whole:
         return None, []
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -385,5 +346,6 @@ class _Reporter(TrainerCallback):
         logs = logs or {}
         if "loss" in logs:
             self.progress.advance(0, f"loss {logs['loss']:.3f}")
-        with open(self.log, "a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if state.is_world_process_zero:
+            with open(self.log, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -3,12 +3,24 @@
 import torch
 from torch import Tensor
 
-from memdec.ops import fused_interpolate, knn_scatter, sparse_kl_loss, token_log_probs
+from memdec.ops import (
+    fused_interpolate,
+    knn_scatter,
+    linear_sparse_kl_loss,
+    sparse_kl_loss,
+    token_log_probs,
+)
 
 
 def step(hidden: Tensor, distances: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
     targets = knn_scatter(distances, tokens, temperature=0.5)
     loss = sparse_kl_loss(2 * hidden, targets, labels, alpha=0.4).loss
+    loss = (
+        loss
+        + linear_sparse_kl_loss(
+            hidden[:, :8], hidden[0, :24].view(3, 8).repeat(11, 1), targets, labels
+        ).loss
+    )
     mixed = fused_interpolate(hidden, 3 * hidden, torch.sigmoid(hidden[:, 0]))
     return loss - token_log_probs(hidden, labels).mean() + mixed[:, 3].mean()
 

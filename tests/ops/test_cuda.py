@@ -18,6 +18,7 @@ from memdec.ops import (
     SparseTargets,
     fused_interpolate,
     knn_scatter,
+    linear_sparse_kl_loss,
     sparse_kl_loss,
     token_log_probs,
 )
@@ -103,6 +104,19 @@ def train_by_row(x: Inputs) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss.sum(), x.base)]
 
 
+def train_from_hidden_states(x: Inputs) -> list[Tensor]:
+    """Two chunks of an odd vocabulary; the weight needs no alignment."""
+    hidden, weight = x.base[:, :5], x.base.view(-1)[: 5 * WIDTH].view(WIDTH, 5)
+    targets = knn_scatter(x.distances, x.tokens)
+    results = []
+    for options in ({"normalizer": x.normalizer}, {"reduction": "none"}):
+        loss, kl, ce = linear_sparse_kl_loss(
+            hidden, weight, targets, x.labels, bias=weight[:, 0], chunk_rows=4, **options
+        )
+        results += [loss.detach(), kl, ce, *torch.autograd.grad(2 * loss.sum(), x.base)]
+    return results
+
+
 STEPS = [
     interpolate_forward,
     interpolate_backward,
@@ -111,6 +125,7 @@ STEPS = [
     train,
     train_with_host_normalizer,
     train_by_row,
+    train_from_hidden_states,
 ]
 Step = Callable[[Inputs], list[Tensor]]
 
@@ -181,6 +196,30 @@ def test_runs_where_its_inputs_are(step: Step) -> None:
     for value, expected in zip(ours, wanted, strict=True):
         assert value.device == torch.device("cuda:1")
         assert torch.equal(value.to("cuda:0"), expected)
+
+
+def test_linear_loss_keeps_to_its_memory() -> None:
+    """The chunk's logits, the float32 accumulator and the gradients: 4096 rows have 256 MiB of logits."""
+    rows, width, vocab, chunk_rows = 4096, 256, 32768, 256
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    targets = SparseTargets(
+        torch.arange(rows + 1, device="cuda"), labels.int(), torch.ones(rows, device="cuda")
+    )
+
+    def step() -> None:
+        loss = linear_sparse_kl_loss(hidden, weight, targets, labels, chunk_rows=chunk_rows).loss
+        torch.autograd.grad(loss, (hidden, weight))
+
+    torch.use_deterministic_algorithms(False)
+    step()  # cuBLAS takes its workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    taken = torch.cuda.max_memory_allocated() - before
+    logits, accumulator, gradients = chunk_rows * vocab * 2, vocab * width * 4, rows * width * 2
+    assert taken <= accumulator + gradients + max(logits, vocab * width * 2) + 8 * 2**20
 
 
 # ---- rows x vocabulary above 2^31 ----

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed import MOMENTS, contents, run_killed
+from safetensors.torch import load_file
 
 from memdec.errors import MemdecError
 from memdec.training.adapt import AdaptConfig, adapt
@@ -55,6 +56,17 @@ def test_the_train_loss_of_the_curve_is_a_mean_over_tokens(adapted):
     """An accumulated step counts tokens, not batches: the first losses are near log(vocabulary)."""
     curve = json.loads((adapted / "curve.json").read_text())
     assert 2.0 < curve[1]["train_loss"] < 4.5
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_saved_as_what_it_is(adapted, config, tmp_path):
+    adapt(dataclasses.replace(config, compile=True, epochs=1, validations=1), tmp_path / "adapt")
+    curve = json.loads((tmp_path / "adapt" / "curve.json").read_text())
+    assert curve[-1]["nll"] < curve[0]["nll"] - 0.3
+    weights = [
+        load_file(path / "model/model.safetensors") for path in (adapted, tmp_path / "adapt")
+    ]
+    assert weights[0].keys() == weights[1].keys()
 
 
 def test_the_same_seed_gives_the_same_bytes(adapted, config, tmp_path):

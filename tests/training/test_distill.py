@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +151,34 @@ def test_inputs_of_other_stages_are_refused(config, tiny, tmp_path):
 def test_bad_options_are_refused(changes, message, config):
     with pytest.raises(MemdecError, match=message):
         dataclasses.replace(config, **changes)
+
+
+def test_two_processes_train_what_one_does(config, tmp_path):
+    """`accelerate launch -m memdec train`: half the blocks each, and one of them writes."""
+    alone = dataclasses.replace(
+        config,
+        memory_init=_without_dropout(config.teacher, tmp_path / "init"),
+        memory_layers=None,
+        batch_blocks=4,
+        gradient_accumulation=2,
+    )
+    train(alone, tmp_path / "alone")
+    options = {**alone.to_mapping(), "batch_blocks": 2, "out": tmp_path / "together"}
+    # Its launcher of processes, "multi_gpu", is torchrun and asks for no GPU.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", *launch, "-m", "memdec", "train"]
+    for name in ("tokens", "targets", "base", "teacher", "memory_init", "batch_blocks", "epochs"):
+        command += ["--" + name.replace("_", "-"), str(options[name])]
+    for name in ("gradient_accumulation", "validations", "learning_rate", "device", "out"):
+        command += ["--" + name.replace("_", "-"), str(options[name])]
+    for _ in range(2):  # the second run finds everything done
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("already done") == 1
+    curves = [
+        json.loads((tmp_path / name / "curve.json").read_text()) for name in ("alone", "together")
+    ]
+    for one, two in zip(*curves, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert not (tmp_path / "together" / "checkpoints").exists()

@@ -1,0 +1,57 @@
+"""Gradients of a model that FSDP2 shards over two processes, against those of one: a script.
+
+python -m torch.distributed.run --nproc-per-node 2 sharded_gradients.py; an error is a failure.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from step_equality import BLOCK, Blocks, targets_of, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaForCausalLM
+
+from memdec.training.batches import BlockCollator
+from memdec.training.block_trainer import batch_targets, loss_for_logits
+
+
+def backward(model: LlamaForCausalLM, blocks: list[int], scale: float) -> None:
+    batch = BlockCollator(Blocks(), BLOCK, targets_of)(blocks)
+    arguments = {"targets": batch_targets(batch), "labels": batch["labels"], "normalizer": 50}
+    with loss_for_logits(model.lm_head, arguments):
+        parts = model(input_ids=batch["input_ids"], use_cache=False).logits
+    (scale * parts.loss).backward()
+
+
+def model_of(tied: bool) -> LlamaForCausalLM:
+    model = tiny_model()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for tied in (True, False):
+        whole, sharded = model_of(tied), model_of(tied)
+        backward(whole, [0, 1, 2, 3], 1.0)
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if not tied:
+            fully_shard(sharded.lm_head, mesh=mesh)
+        # Its weights are gone again when the model returns: the loss must be taken within.
+        fully_shard(sharded, mesh=mesh, reshard_after_forward=True)
+        share = [[0, 1, 2], [3]][dist.get_rank()]
+        backward(sharded, share, float(dist.get_world_size()))  # FSDP averages
+        wanted = dict(whole.named_parameters())
+        for name, weight in sharded.named_parameters():
+            gradient = weight.grad.full_tensor()
+            torch.testing.assert_close(gradient, wanted[name].grad, rtol=1e-5, atol=1e-7)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Trains a tiny model for a few steps and saves its weights: a script for one process or several.
+
+python step_equality.py OUT BATCH ACCUMULATION, on its own or under torch.distributed.run. A step
+takes BATCH * ACCUMULATION * processes blocks; the blocks differ in length, so shards are uneven.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from memdec.ops import knn_scatter
+from memdec.training.batches import BlockCollator
+from memdec.training.block_trainer import BlockTrainer
+
+BLOCK, VOCAB, BLOCKS = 16, 61, 19  # 19 blocks: the last step of an epoch is short
+
+
+class Blocks:
+    """The part of TokenStream that a collator reads; every third block is short."""
+
+    positions = BLOCKS * BLOCK
+
+    def blocks(self, block_size: int) -> int:
+        return BLOCKS
+
+    def block(self, number: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        length = BLOCK if number % 3 else 5
+        tokens = np.random.default_rng(number).integers(0, VOCAB, length + 1, np.int32)
+        return tokens[:-1], tokens[1:]
+
+
+def targets_of(positions: np.ndarray, labels: np.ndarray):
+    """A few neighbours of each position, the same whatever batch it is in."""
+    tokens, distances = np.empty((len(positions), 6), np.int64), np.empty((len(positions), 6))
+    for row, position in enumerate(positions):
+        generator = np.random.default_rng(position)
+        tokens[row], distances[row] = generator.integers(0, VOCAB, 6), generator.random(6)
+    return knn_scatter(torch.from_numpy(distances).float(), torch.from_numpy(tokens)).compact()
+
+
+def tiny_model(**config: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            **config,
+        )
+    )
+
+
+def make_trainer(work: Path, batch: int, accumulation: int, **options: object) -> BlockTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        # Its steps do not blow rounding up: Adam divides a gradient near zero by its own size.
+        optim="sgd",
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    collator = BlockCollator(Blocks(), BLOCK, targets_of)
+    return BlockTrainer(tiny_model(), arguments, blocks=BLOCKS, collator=collator, alpha=0.4)
+
+
+def main(out: str, batch: str, accumulation: str) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        trainer = make_trainer(Path(work), int(batch), int(accumulation))
+        trainer.train()
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            weights = {name: weight.clone() for name, weight in model.named_parameters()}
+            save_file({**weights, "loss_sums": trainer.loss_sums}, out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
