@@ -1,8 +1,10 @@
 // knn_scatter: k neighbours of each row to one sparse distribution of each row.
 //
-// A block takes a row in shared memory: sort by (token, neighbour), add up equal tokens with a
-// segmented scan in a fixed order, sort what is left by (probability, token). Rows are then packed:
-// a prefix sum of their lengths, and a copy that also fills the unused slots.
+// A block takes a row, 8 neighbours a thread: sort by (token, neighbour), add up equal tokens with
+// a segmented scan in a fixed order, sort what is left by (probability, token). The sorts are
+// bitonic networks: within a thread's registers, then by shuffles, and through shared memory only
+// where threads of different warps meet. Rows are then packed: a prefix sum of their lengths, and a
+// copy that also fills the unused slots.
 #include "common/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/row.cuh"
@@ -13,26 +15,136 @@ namespace {
 constexpr int kMaxNeighbors = 4096;
 constexpr int kScanThreads = 1024;
 constexpr int kPackThreads = 128;
+constexpr int kItems = 8;                     // of a thread
+constexpr int kMinSize = kItems * kWarpSize;  // of a sort: whole warps
 constexpr uint64_t kNoKey = ~0ull;
 
-// Ascending bitonic sort of `size` (a power of two) keys in shared memory by the whole block.
-__device__ void sort_keys(uint64_t* keys, int size) {
-  for (int span = 2; span <= size; span *= 2) {
-    for (int stride = span / 2; stride > 0; stride /= 2) {
-      __syncthreads();  // the keys of the step before are written
-      for (int pair = threadIdx.x; pair < size / 2; pair += blockDim.x) {
-        const int low = 2 * pair - (pair & (stride - 1));
-        const int high = low + stride;
-        const bool ascending = (low & span) == 0;
-        const uint64_t a = keys[low], b = keys[high];
-        if ((a > b) == ascending) {
-          keys[low] = b;
-          keys[high] = a;
+// Puts two keys in order.
+template <typename Key>
+__device__ void order(Key& a, Key& b, bool ascending) {
+  const bool swap = (a > b) == ascending;
+  const Key low = swap ? b : a;
+  b = swap ? a : b;
+  a = low;
+}
+
+// The last steps of a merge, between keys of one thread: they are kStride apart, then closer.
+template <int kStride, typename Key>
+__device__ void merge_items(Key (&keys)[kItems], bool ascending) {
+#pragma unroll
+  for (int stride = kStride; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!(i & stride)) order(keys[i], keys[i + stride], ascending);
+    }
+  }
+}
+
+// Ascending bitonic sort of `size` different keys, a power of two and at least kMinSize, by the
+// whole block: thread t holds keys 8 t to 8 t + 7. Threads behind hold none. `exchange` has room
+// for `size` keys.
+template <typename Key>
+__device__ void sort_keys(Key (&keys)[kItems], int size, Key* exchange) {
+  const int thread = threadIdx.x, first = thread * kItems;
+  const int threads = size / kItems;
+#pragma unroll
+  for (int i = 0; i < kItems; i += 2) order(keys[i], keys[i + 1], !(i & 2));
+#pragma unroll
+  for (int half = 0; half < kItems; half += 4) {
+    const bool ascending = half == 0;
+    order(keys[half], keys[half + 2], ascending);
+    order(keys[half + 1], keys[half + 3], ascending);
+    order(keys[half], keys[half + 1], ascending);
+    order(keys[half + 2], keys[half + 3], ascending);
+  }
+  merge_items<4>(keys, !(first & 8));
+#pragma unroll 1
+  for (int span = 2 * kItems; span <= size; span *= 2) {
+    const bool ascending = !(first & span);
+#pragma unroll 1
+    for (int stride = span / 2; stride >= kItems; stride /= 2) {
+      const int other = stride / kItems;  // threads away
+      const bool keep_low = !(thread & other) == ascending;
+      if (other < kWarpSize) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const Key key = __shfl_xor_sync(0xffffffffu, keys[i], other);
+          if ((key < keys[i]) == keep_low) keys[i] = key;
+        }
+      } else {
+        __syncthreads();  // `exchange` was read
+        if (thread < threads) {
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) exchange[i * threads + thread] = keys[i];
+        }
+        __syncthreads();  // every key of the step is written
+        if (thread < threads) {
+#pragma unroll
+          for (int i = 0; i < kItems; ++i) {
+            const Key key = exchange[i * threads + (thread ^ other)];
+            if ((key < keys[i]) == keep_low) keys[i] = key;
+          }
         }
       }
     }
+    merge_items<4>(keys, ascending);
   }
-  __syncthreads();  // the sorted keys are visible to all
+  __syncthreads();  // `exchange` was read
+}
+
+// A sum over neighbours of one token; `begins`: none of the row's earlier ones are of that token.
+struct Segment {
+  bool begins;
+  float sum;
+
+  // This one followed by `next`.
+  __device__ Segment then(const Segment& next) const {
+    return {begins || next.begins, next.begins ? next.sum : sum + next.sum};
+  }
+};
+
+// The segments of all threads before this one, added up in a fixed order.
+__device__ float sum_before(Segment segment, Segment* warps) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const Segment before{static_cast<bool>(__shfl_up_sync(0xffffffffu, segment.begins, step)),
+                         __shfl_up_sync(0xffffffffu, segment.sum, step)};
+    if (lane >= step) segment = before.then(segment);
+  }
+  if (lane == kWarpSize - 1) warps[warp] = segment;
+  __syncthreads();  // every warp's segment is written before any is read
+  Segment before{true, 0.f};
+  for (int i = 0; i < warp; ++i) before = before.then(warps[i]);
+  const Segment own{static_cast<bool>(__shfl_up_sync(0xffffffffu, segment.begins, 1)),
+                    __shfl_up_sync(0xffffffffu, segment.sum, 1)};
+  return lane == 0 ? before.sum : before.then(own).sum;
+}
+
+// The counts of all threads before this one; `total` gets that of all.
+__device__ int count_before(int count, int* warps, int* total) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int sum = count;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == kWarpSize - 1) warps[warp] = sum;
+  __syncthreads();  // every warp's sum is written before any is read
+  int before = 0;
+  *total = 0;
+  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarpSize; ++i) {
+    if (i < warp) before += warps[i];
+    *total += warps[i];
+  }
+  return before + sum - count;
+}
+
+__host__ __device__ inline int power_of_two_from(int n) {
+  int size = kMinSize;
+  while (size < n) size *= 2;
+  return size;
 }
 
 template <typename Token>
@@ -62,72 +174,132 @@ __device__ float block_min(float value, float* shared) {
   return result;
 }
 
+// Sorts a row's neighbours by token. In: this thread's neighbours are those `threads` apart, their
+// tokens -1 where they are not valid. Out: `tokens` and `neighbors` of its places in the order,
+// again -1 at the end.
+template <typename Key>
+__device__ void sort_neighbors(int32_t (&tokens)[kItems], int (&neighbors)[kItems], int size,
+                               int index_bits, uint64_t* storage) {
+  constexpr Key kNone = static_cast<Key>(kNoKey);
+  Key keys[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const Key index = static_cast<Key>(i * blockDim.x + threadIdx.x);
+    keys[i] = tokens[i] < 0 ? kNone : static_cast<Key>(tokens[i]) << index_bits | index;
+  }
+  sort_keys(keys, size, reinterpret_cast<Key*>(storage));
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    tokens[i] = keys[i] == kNone ? -1 : static_cast<int32_t>(keys[i] >> index_bits);
+    neighbors[i] = static_cast<int>(keys[i] & ((Key{1} << index_bits) - 1));
+  }
+}
+
 template <typename Distance, typename Token>
 __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
-  extern __shared__ uint64_t keys[];                       // [size]
-  float* weights = reinterpret_cast<float*>(keys + size);  // [size] by neighbour
-  float* sums = weights + size;                            // [size] in order of the sorted tokens
+  extern __shared__ uint64_t keys[];                             // [size]
+  float* row_distances = reinterpret_cast<float*>(keys + size);  // [size] by neighbour
   __shared__ float shared[kMaxWarps];
+  __shared__ int warp_counts[kMaxWarps];
+  __shared__ Segment warp_segments[kMaxWarps];
+  __shared__ int32_t first_tokens[kMaxWarps + 1];
   const int64_t row = blockIdx.x;
   const int k = static_cast<int>(args.k);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Distance* distances =
       static_cast<const Distance*>(args.distances) + row * args.distance_stride;
 
+  const int index_bits = 31 - __clz(size);
+  int32_t tokens[kItems];
   float nearest = INFINITY;
-  for (int i = threadIdx.x; i < size; i += blockDim.x) {
-    const float distance = i < k ? to_float(distances[i]) : INFINITY;
-    const int32_t token = i < k ? load_token<Token>(args.tokens, row * args.token_stride + i) : -1;
-    const bool valid = token >= 0 && distance < INFINITY;  // false for NaN
-    keys[i] = valid ? static_cast<uint64_t>(token) << 32 | static_cast<uint32_t>(i) : kNoKey;
-    weights[i] = distance;
-    if (valid) nearest = fminf(nearest, distance);
+  bool wide = false;  // a token and a neighbour do not fit into 32 bits
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int n = i * blockDim.x + threadIdx.x;
+    const float distance = n < k ? to_float(distances[n]) : INFINITY;
+    tokens[i] = n < k ? load_token<Token>(args.tokens, row * args.token_stride + n) : -1;
+    if (!(distance < INFINITY)) tokens[i] = -1;  // NaN too
+    row_distances[n] = distance;
+    if (tokens[i] >= 0) nearest = fminf(nearest, distance);
+    wide = wide || (tokens[i] >= 0 && tokens[i] >> (32 - index_bits - 1) != 0);
   }
   nearest = block_min(nearest, shared);
-  sort_keys(keys, size);
+  int neighbors[kItems];
+  if (__syncthreads_or(wide)) {
+    sort_neighbors<uint64_t>(tokens, neighbors, size, index_bits, keys);
+  } else {
+    sort_neighbors<uint32_t>(tokens, neighbors, size, index_bits, keys);
+  }
 
   // From distances to weights, in the order of the sorted tokens.
+  float weights[kItems];
   float total = 0.f;
-  for (int i = threadIdx.x; i < size; i += blockDim.x) {
-    float weight = 0.f;
-    if (keys[i] != kNoKey) {
-      const float distance = weights[static_cast<uint32_t>(keys[i])];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    weights[i] = 0.f;
+    if (tokens[i] >= 0) {
+      const float distance = row_distances[neighbors[i]];
       // Neighbours at -inf share the mass; the difference would be NaN.
-      weight = distance == nearest ? 1.f : expf((nearest - distance) / args.temperature);
+      weights[i] = distance == nearest ? 1.f : expf((nearest - distance) / args.temperature);
     }
-    sums[i] = weight;
-    total += weight;
+    total += weights[i];
   }
   total = block_sum(total, shared);
-  __syncthreads();  // the distances were read: `weights` may be written; `sums` is complete
 
-  // Segmented scan: after the step of `offset`, sums[i] covers its token's last 2 * offset places.
-  for (int offset = 1; offset < size; offset *= 2) {
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      const bool same = i >= offset && keys[i] >> 32 == keys[i - offset] >> 32;
-      weights[i] = sums[i] + (same ? sums[i - offset] : 0.f);
-    }
-    float* const written = weights;
-    weights = sums;
-    sums = written;
-    __syncthreads();  // the step is written before the next reads it
+  // The tokens on both sides of this thread's.
+  if (lane == 0) first_tokens[warp] = tokens[0];
+  if (threadIdx.x == 0) first_tokens[blockDim.x / kWarpSize] = -1;
+  if (lane == kWarpSize - 1) warp_counts[warp] = tokens[kItems - 1];
+  __syncthreads();  // written before they are read
+  int32_t before = __shfl_up_sync(0xffffffffu, tokens[kItems - 1], 1);
+  int32_t after = __shfl_down_sync(0xffffffffu, tokens[0], 1);
+  if (lane == 0) before = warp == 0 ? -1 : warp_counts[warp - 1];
+  if (lane == kWarpSize - 1) after = first_tokens[warp + 1];
+
+  // Running sums of each token; at its last place all of it.
+  Segment running{tokens[0] != before, weights[0]};
+#pragma unroll
+  for (int i = 1; i < kItems; ++i) {
+    running = running.then({tokens[i] != tokens[i - 1], weights[i]});
   }
-
-  // The last place of each token holds its sum: that becomes an entry, the rest no key. The
-  // entries go to the buffer that the scan left free, as keys: falling probability, then token.
+  float sum = sum_before(running, warp_segments);
+  float probs[kItems];
   int entries = 0;
-  for (int i = threadIdx.x; i < size; i += blockDim.x) {
-    const uint32_t token = static_cast<uint32_t>(keys[i] >> 32);
-    const bool last = keys[i] != kNoKey && (i + 1 == size || keys[i + 1] >> 32 != token);
-    const float p = last ? sums[i] / total : 0.f;
-    weights[i] = p;
-    entries += p > 0.f ? 1 : 0;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const bool begins = tokens[i] != (i == 0 ? before : tokens[i - 1]);
+    const bool ends = tokens[i] != (i + 1 == kItems ? after : tokens[i + 1]);
+    sum = begins ? weights[i] : sum + weights[i];
+    probs[i] = ends && tokens[i] >= 0 ? sum / total : 0.f;
+    entries += probs[i] > 0.f ? 1 : 0;
   }
-  const int count = static_cast<int>(block_sum(static_cast<float>(entries), shared));
-  for (int i = threadIdx.x; i < size; i += blockDim.x) {
-    const float p = weights[i];
-    keys[i] = p > 0.f ? static_cast<uint64_t>(~__float_as_uint(p)) << 32 | keys[i] >> 32 : kNoKey;
+
+  // The entries as keys, without gaps: falling probability, then token.
+  int count;
+  __syncthreads();  // the tokens in `warp_counts` were read
+  int place = count_before(entries, warp_counts, &count);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (probs[i] > 0.f) {
+      keys[place++] = static_cast<uint64_t>(~__float_as_uint(probs[i])) << 32 |
+                      static_cast<uint32_t>(tokens[i]);
+    }
   }
-  sort_keys(keys, size);
+  __syncthreads();  // every entry is written
+  const int entry_size = power_of_two_from(count);
+  uint64_t entry_keys[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int e = threadIdx.x * kItems + i;
+    entry_keys[i] = e < count ? keys[e] : kNoKey;
+  }
+  sort_keys(entry_keys, entry_size, keys);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int e = threadIdx.x * kItems + i;
+    if (e < count) keys[e] = entry_keys[i];
+  }
+  __syncthreads();  // the sorted entries are visible to all
 
   const auto prob_of = [&](int i) {
     return __uint_as_float(~static_cast<uint32_t>(keys[i] >> 32));
@@ -203,10 +375,9 @@ Status knn_scatter(const KnnScatterArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  int size = kWarpSize;
-  while (size < args.k) size *= 2;
-  const int threads = size / 2 < kWarpSize ? kWarpSize : (size / 2 > 1024 ? 1024 : size / 2);
-  const size_t bytes = size * (sizeof(uint64_t) + 2 * sizeof(float));
+  const int size = power_of_two_from(static_cast<int>(args.k));
+  const int threads = size / kItems;
+  const size_t bytes = size * (sizeof(uint64_t) + sizeof(float));
   cudaError_t error = cudaSuccess;
   const auto launch = [&](auto distance, auto token) {
     const auto kernel = knn_scatter_kernel<decltype(distance), decltype(token)>;
