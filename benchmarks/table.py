@@ -30,6 +30,7 @@ def table(path: Path) -> str:
             "seconds": seconds,
             "share": share,
             "memory": memory,
+            "goal": extra.get("goal"),
         }
     from_hidden = {key: found for key, found in cases.items() if "three products" in found}
     cases = {key: found for key, found in cases.items() if key not in from_hidden}
@@ -42,6 +43,9 @@ def table(path: Path) -> str:
         "| op | case | " + " | ".join(used) + " | memdec: share of the floor | against eager |",
         "|---" * (len(used) + 4) + "|",
     ]
+    with_goals = any("goal" in bench["extra_info"] for bench in result["benchmarks"])
+    if with_goals:
+        lines[2:] = [lines[2] + " goal | met |", lines[3] + "---|---|"]
     for (op, case), found in cases.items():
         times = [_time(found[name]["seconds"]) if name in found else "" for name in used]
         ours = found.get("memdec")
@@ -49,12 +53,23 @@ def table(path: Path) -> str:
         gain = ""
         if ours and "eager" in found:
             gain = f"{found['eager']['seconds'] / ours['seconds']:.1f} x"
-        lines.append(f"| {op} | {case} | " + " | ".join(times) + f" | {share} | {gain} |")
+        line = f"| {op} | {case} | " + " | ".join(times) + f" | {share} | {gain} |"
+        lines.append(line + (_goal(ours) if with_goals else ""))
     if not cases:
         del lines[1:]
     for (op, case), found in from_hidden.items():
         lines += ["", *_from_hidden_states(op, case, found)]
     return "\n".join(lines)
+
+
+def _goal(ours: dict | None) -> str:
+    """Two columns: what memdec shall reach, and whether it does."""
+    if not ours or not ours["goal"]:
+        return "  |  |"
+    ((kind, goal),) = ours["goal"].items()
+    if kind == "share":
+        return f" {goal:.2f} | {'yes' if ours['share'] >= goal else 'no'} |"
+    return f" {_time(goal)} | {'yes' if ours['seconds'] <= goal else 'no'} |"
 
 
 def _from_hidden_states(op: str, case: str, found: dict[str, dict]) -> list[str]:
