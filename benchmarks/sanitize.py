@@ -32,6 +32,9 @@ def main() -> None:
         targets = ops.knn_scatter(distances, tokens, temperature=0.1, max_entries=20)
         ops.sparse_kl_loss(base, targets, labels).loss.backward()
         ops.sparse_kl_loss(memory, targets, reduction="none").loss.sum().backward()
+        hidden = torch.randn(rows, 8, device="cuda", dtype=dtype, requires_grad=True)
+        weight = torch.randn(width, 8, device="cuda", dtype=dtype, requires_grad=True)
+        ops.linear_sparse_kl_loss(hidden, weight, targets, labels).loss.backward()
     for k in (0, 1, 1024, 4096):
         distances = torch.rand(3, k, device="cuda")
         tokens = torch.randint(-1, 300, (3, k), device="cuda", dtype=torch.int32)

@@ -113,7 +113,8 @@ struct SparseKLArgs {
   float* ce = nullptr;
   float* scale =
       nullptr;  // d loss / d row_loss, one value: 1 / divisor, 1 for kSum, 0 if none counts
-  RowsView grad_logits;  // data may be null; else gets d loss / d logits (not for kNone)
+  // Gets d loss / d logits, not for kNone; data may be null, or the logits' own.
+  RowsView grad_logits;
 };
 
 struct SparseKLBackwardArgs {
