@@ -23,6 +23,8 @@ def main() -> None:
         lmbda.requires_grad_()
         ops.fused_interpolate(base, memory, lmbda, vocab_size=max(1, width - 1)).sum().backward()
 
+        ops.fused_interpolate(memory, memory.flip(0), lmbda)  # rows that lie alike
+
         labels = torch.tensor([0, -100, width - 1, width + 5, 0] * (rows // 5), device="cuda")
         ops.token_log_probs(base, labels).sum().backward()
 
