@@ -114,9 +114,8 @@ Status interpolate(const InterpolateArgs& args, int device, void* stream) {
     using Job = InterpolateJob<Base>;
     PipelinePlan plan;
     if (one_dtype && rows_agree(args.base, args.memory)) {
-      error = plan_pipeline<Job>(args.rows, args.vocab, device, &plan);
+      plan = plan_pipeline<Job>(args.rows, args.vocab, device);
     }
-    if (error != cudaSuccess) return;
     if (plan.clusters > 0) {
       error = launch_row_pipeline<Job>(args, plan, cuda_stream);
       return;

@@ -538,59 +538,58 @@ struct PipelineLaunch {
   }
 };
 
-// The clusters of a Job's kernel that run at once, a block on each multiprocessor; 0 if none.
+// The clusters of a Job's kernel that run at once, a block on each multiprocessor; 0 where the
+// device has no clusters of that size.
 template <typename Job>
-inline cudaError_t resident_clusters(const PipelinePlan& plan, int device, int* clusters) {
+inline int resident_clusters(const PipelinePlan& plan, int device) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices][kMaxClusterBlocks + 1];  // 1 more than the number
-  if (device < kDevices && (*clusters = known[device][plan.blocks].load() - 1) >= 0) {
-    return cudaSuccess;
+  int clusters = device < kDevices ? known[device][plan.blocks].load() - 1 : -1;
+  if (clusters >= 0) return clusters;
+  const PipelineLaunch<Job> launch(plan, 1, nullptr);
+  if (launch.prepare() != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&clusters, row_pipeline_kernel<Job>, &launch.config) !=
+          cudaSuccess) {
+    cudaGetLastError();  // it is not the next launch's
+    clusters = 0;
   }
-  PipelineLaunch<Job> launch(plan, 1, nullptr);
-  cudaError_t error = launch.prepare();
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveClusters(clusters, row_pipeline_kernel<Job>, &launch.config);
-  }
-  if (error == cudaSuccess && device < kDevices) known[device][plan.blocks].store(*clusters + 1);
-  return error;
+  if (device < kDevices) known[device][plan.blocks].store(clusters + 1);
+  return clusters;
 }
 
 // The best plan for rows of `columns` columns: the one in which a block does least, waves times
 // what a row costs it.
 template <typename Job>
-inline cudaError_t plan_pipeline(int64_t rows, int64_t columns, int device, PipelinePlan* plan) {
+inline PipelinePlan plan_pipeline(int64_t rows, int64_t columns, int device) {
   int major = 0, shared_bytes = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (error != cudaSuccess || major < 9) return error;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (major < 9) return {};
   const int64_t units = (columns + 2 * kUnit - 2) / kUnit;  // in the worst phase
   int64_t best = INT64_MAX;
+  PipelinePlan plan;
   for (int blocks = 1; blocks <= kMaxClusterBlocks; ++blocks) {
-    PipelinePlan candidate;
-    candidate.blocks = blocks;
     const int64_t slots = (units + blocks - 1) / blocks * kUnit;
     const int64_t chunks = (slots + Job::kColumns - 1) / Job::kColumns;
     const int64_t room = (shared_bytes - control_bytes<Job>() - mark_bytes<Job>(chunks)) /
                          (Job::kStripes * kStripeBytes);
     if (chunks > room) continue;
+    PipelinePlan candidate;
+    candidate.blocks = blocks;
     candidate.slots = static_cast<int>(slots);
     candidate.chunks = static_cast<int>(chunks);
     candidate.ring = static_cast<int>(room < kMaxChunks ? room : kMaxChunks);
-    int clusters = 0;
-    error = resident_clusters<Job>(candidate, device, &clusters);
-    if (error != cudaSuccess) return error;
+    const int clusters = resident_clusters<Job>(candidate, device);
     const bool turns = rows > clusters;  // then a block holds two rows
     if (clusters == 0 || (turns && 2 * chunks > room)) continue;
     candidate.clusters = static_cast<int>(rows < clusters ? rows : clusters);
     const int64_t cost = (rows + clusters - 1) / clusters * (slots + Job::kRowCost);
     if (cost < best) {
       best = cost;
-      *plan = candidate;
+      plan = candidate;
     }
   }
-  return cudaSuccess;
+  return plan;
 }
 
 // Launches a Job's kernel over all rows.

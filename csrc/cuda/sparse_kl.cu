@@ -236,10 +236,7 @@ Status sparse_kl(const SparseKLArgs& args, int device, void* stream) {
     if (reduced) sparse_kl_scale_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
     const bool with_gradient = args.rows > 0 && args.grad_logits.data;
     PipelinePlan plan;
-    if (with_gradient) {
-      error = plan_pipeline<SparseKLJob<T>>(args.rows, args.vocab, device, &plan);
-    }
-    if (error != cudaSuccess) return;
+    if (with_gradient) plan = plan_pipeline<SparseKLJob<T>>(args.rows, args.vocab, device);
     if (plan.clusters > 0) {
       error = launch_row_pipeline<SparseKLJob<T>>(args, plan, cuda_stream);
     } else if (args.rows > 0) {
