@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What transformers calls a cache, in arguments and in results: "cache" since 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MemoryDecoderCache(Cache):

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 
 from memdec.config import require
 from memdec.errors import MemdecError
-from memdec.modeling.cache import MemoryDecoderCache
+from memdec.modeling.cache import CACHE, MemoryDecoderCache
 from memdec.modeling.loading import (
     Dtype,
     compare_tokenizers,
@@ -89,7 +89,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         for name, model in ((BASE, base), (MEMORY, memory)):
-            if "past_key_values" not in _parameters(type(model).forward):
+            if not _has_key_value_cache(model):
                 raise MemdecError(
                     f"the {name} must be a decoder-only model with a key-value cache, "
                     f"got {type(model).__name__}"
@@ -201,10 +201,11 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MemoryDecoderCache | None = None,
+        cache: MemoryDecoderCache | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: MemoryDecoderCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass of both models.
@@ -214,10 +215,11 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
                 memory as its padding id.
             attention_mask: ``[batch, past + length]``, as for any transformers model; to both.
             position_ids: ``[batch, length]``; to both.
-            past_key_values: what an earlier pass returned.
+            cache: what an earlier pass returned.
             use_cache: whether to return a cache; None leaves it to the base's configuration.
             labels: ``[batch, length]``; shifted here, -100 is ignored.
             logits_to_keep: as in transformers, 0 keeps all; to both.
+            past_key_values: the name of `cache` in transformers before 5.24.
             kwargs: to the base alone, such as pixel values or ``output_hidden_states``.
 
         Returns:
@@ -227,10 +229,13 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None:
             raise ValueError("input_ids are needed: the memory cannot read the base's embeddings")
-        if past_key_values is not None and not isinstance(past_key_values, MemoryDecoderCache):
+        if cache is not None and past_key_values is not None:
+            raise TypeError("cache and past_key_values are one argument, got both")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, MemoryDecoderCache):
             raise TypeError(
-                "past_key_values must be a MemoryDecoderCache, as an earlier pass returns it, "
-                f"got {type(past_key_values).__name__}"
+                "cache must be a MemoryDecoderCache, as an earlier pass returns it, "
+                f"got {type(cache).__name__}"
             )
         if use_cache is None:
             use_cache = getattr(self.base.config.get_text_config(), "use_cache", True)
@@ -241,8 +246,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             "logits_to_keep": logits_to_keep,
         }
         base_cache = memory_cache = None
-        if past_key_values is not None:
-            base_cache, memory_cache = past_key_values.base, past_key_values.memory
+        if cache is not None:
+            base_cache, memory_cache = cache.base, cache.memory
         base = _run(self.base, input_ids, base_cache, shared, **kwargs)
         memory = _run(self.memory, self._memory_ids(input_ids), memory_cache, shared)
         width = base.logits.shape[-1]
@@ -260,9 +265,9 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=log_probs,
-            past_key_values=_paired(base.past_key_values, memory.past_key_values),
             hidden_states=base.get("hidden_states"),
             attentions=base.get("attentions"),
+            **{CACHE: _paired(base.get(CACHE), memory.get(CACHE))},
         )
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -280,16 +285,16 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         """Each model makes its cache, of the kind ``cache_implementation`` asks for."""
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(CACHE) is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
             return
         caches = []
         for model in (self.base, self.memory):
             made: dict[str, Any] = {}
             model._prepare_cache_for_generation(generation_config, made, *args)
-            caches.append(made.get("past_key_values"))
+            caches.append(made.get(CACHE))
         if (pair := _paired(*caches)) is not None:  # None under the key would not mean no cache
-            model_kwargs["past_key_values"] = pair
+            model_kwargs[CACHE] = pair
 
     def _memory_ids(self, input_ids: Tensor) -> Tensor:
         known = _embedding_rows(self.memory)
@@ -308,7 +313,14 @@ def _run(
     if "position_ids" not in _parameters(type(model).forward):
         # Bloom and MPT place tokens by the mask alone.
         shared = {name: value for name, value in shared.items() if name != "position_ids"}
-    return model(input_ids=input_ids, past_key_values=cache, **shared, **kwargs, return_dict=True)
+    return model(input_ids=input_ids, **{CACHE: cache}, **shared, **kwargs, return_dict=True)
+
+
+def _has_key_value_cache(model: PreTrainedModel) -> bool:
+    """A recurrent model has a cache too, but a state instead of tokens in it."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    recurrent = kinds is not None and set(kinds) == {"linear_attention"}
+    return CACHE in _parameters(type(model).forward) and not recurrent
 
 
 def _paired(base: Cache | None, memory: Cache | None) -> MemoryDecoderCache | None:

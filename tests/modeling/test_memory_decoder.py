@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from memdec import MemoryDecoderForCausalLM
 from memdec.errors import MemdecError
-from memdec.modeling.cache import MemoryDecoderCache
+from memdec.modeling.cache import CACHE, MemoryDecoderCache
 
 LMBDA = 0.4
 # (base, memory): absolute and rotary positions, sliding windows of 5 in either, no positions at all
@@ -332,7 +332,7 @@ def test_cache_implementation_is_followed_by_both(implementation: str) -> None:
     result = generate(model, ids, cache_implementation=implementation, return_dict_in_generate=True)
     assert result.sequences.tolist() == greedy(model, ids, 10).tolist()
     kind = {"static": "StaticCache", "dynamic": "DynamicCache"}[implementation]
-    cache = result.past_key_values
+    cache = getattr(result, CACHE)
     assert [type(cache.base).__name__, type(cache.memory).__name__] == [kind, kind]
 
 
@@ -366,20 +366,20 @@ def test_conversation_goes_on_from_the_returned_cache() -> None:
     model, ids = pair("Gemma2", "GPT2"), prompt(1, 9)
     first = generate(model, ids, steps=4, return_dict_in_generate=True)
     more = torch.cat([first.sequences, prompt(1, 3)], dim=1)
-    second = generate(model, more, steps=4, past_key_values=first.past_key_values)
+    second = generate(model, more, steps=4, **{CACHE: getattr(first, CACHE)})
     assert second.tolist() == greedy(model, more, 4).tolist()
 
 
 def test_cache_in_steps_by_hand_then_cropped_and_reordered() -> None:
     model, ids = pair(), prompt()
     whole = model(ids).logits
-    cache = model(ids[:, :5]).past_key_values
+    cache = getattr(model(ids[:, :5]), CACHE)
     assert cache.get_seq_length() == cache.memory.get_seq_length() == 5
     cache.crop(-2)
     cache.reorder_cache(torch.tensor([1, 0]))
-    rest = model(ids.flip(0)[:, 3:], past_key_values=cache)
+    rest = model(ids.flip(0)[:, 3:], **{CACHE: cache})
     torch.testing.assert_close(rest.logits, whole.flip(0)[:, 3:], rtol=1e-4, atol=1e-4)
-    assert rest.past_key_values.memory.get_seq_length() == 7
+    assert getattr(rest, CACHE).memory.get_seq_length() == 7
 
 
 def test_cache_is_reset_as_one() -> None:
@@ -388,28 +388,39 @@ def test_cache_is_reset_as_one() -> None:
     cache = MemoryDecoderCache(
         *(StaticCache(m.config, max_cache_len=9) for m in (model.base, model.memory))
     )
-    model(ids.flip(0), past_key_values=cache)
+    model(ids.flip(0), **{CACHE: cache})
     cache.reset()
-    again = model(ids, past_key_values=cache)
+    again = model(ids, **{CACHE: cache})
     torch.testing.assert_close(again.logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_cache_that_has_no_layers_yet() -> None:
     model, ids = pair(), prompt()
     cache = MemoryDecoderCache(DynamicCache(), DynamicCache())
-    model(ids[:, :5], past_key_values=cache)
+    model(ids[:, :5], **{CACHE: cache})
     assert cache.base.get_seq_length() == cache.memory.get_seq_length() == 5
-    rest = model(ids[:, 5:], past_key_values=cache).logits
+    rest = model(ids[:, 5:], **{CACHE: cache}).logits
     torch.testing.assert_close(rest, model(ids).logits[:, 5:], rtol=1e-4, atol=1e-4)
 
 
 def test_no_cache_when_none_is_wanted() -> None:
-    assert pair()(prompt(), use_cache=False).past_key_values is None
+    assert getattr(pair()(prompt(), use_cache=False), CACHE) is None
 
 
 def test_a_cache_of_one_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"MemoryDecoderCache.*got DynamicCache"):
-        pair()(prompt(), past_key_values=DynamicCache())
+        pair()(prompt(), **{CACHE: DynamicCache()})
+
+
+def test_both_names_of_the_cache_are_taken_but_not_together() -> None:
+    model, ids = pair(), prompt()
+    whole = model(ids).logits
+    for name in ("cache", "past_key_values"):
+        cache = getattr(model(ids[:, :5]), CACHE)
+        rest = model(ids[:, 5:], **{name: cache}).logits
+        torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="one argument, got both"):
+        model(ids, cache=cache, past_key_values=cache)
 
 
 # ---- further inputs ----
