@@ -74,9 +74,11 @@ def check_input(artefact: Artefact, name: str, found: str) -> None:
     """Checks that `artefact` was made from what goes with it now.
 
     Raises:
-        MemdecError: its input `name` has another fingerprint than `found`.
+        MemdecError: its input `name` has another fingerprint than `found`, or it has no such input.
     """
-    expected = artefact.manifest["inputs"][name]
+    expected = artefact.manifest["inputs"].get(name)
+    if expected is None:
+        raise MemdecError(f"{artefact.path} was made without {name}, this run has {_short(found)}")
     if expected != found:
         raise MemdecError(
             f"{artefact.path} was made with {name} {_short(expected)}, this run has {_short(found)}"

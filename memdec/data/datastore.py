@@ -1,31 +1,30 @@
 """The stage ``datastore``: one key a train position, searchable; and its reader.
 
 A key is the input of the teacher's last feed-forward, as in kNN-LM (arXiv 1911.00172), in float16.
-Row id == train position; the value of a row is the token that follows.
+Row id == train position; the value of a row is the token that follows. Keys need not be kept: an
+index that compresses them answers without, and what asks for a key has the teacher compute it again.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from memdec.config import Config, option, require
 from memdec.console import Progress, say
-from memdec.data.artefact import Artefact, StageWriter, stage
-from memdec.data.corpus import TokenCorpus, TokenStream, block_batches, rows_between
+from memdec.data.artefact import Artefact, StageWriter, check_input, stage
+from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
-    from transformers import PreTrainedModel
-
-    from memdec.data.index import ExactIndex, FaissIndex
-    from memdec.modeling.key_layer import KeyRecorder
+    from memdec.data.exact import ExactIndex
+    from memdec.data.index import FaissIndex
+    from memdec.data.keys import ComputedKeys, Keys
 
 KIND = "datastore"
 NEXT_TOKENS = "next_tokens.npy"
@@ -46,6 +45,11 @@ class DatastoreConfig(Config):
     index: str = option(
         "auto",
         help="Flat (exact), a FAISS factory string, or auto: Flat up to a million keys, else IVF",
+    )
+    keep_keys: bool = option(
+        True,
+        help="keep the keys on disk; without, the index must not be Flat, and targets computes the "
+        "keys again",
     )
     nprobe: int = option(64, help="inverted lists searched for a query, where the index has lists")
     batch_blocks: int = option(8, help="blocks in one forward pass")
@@ -77,6 +81,8 @@ def datastore(config: DatastoreConfig, out: Path) -> Artefact:
     params = config.to_mapping()
     for name in ("model", "tokens", "device"):
         del params[name]
+    if config.keep_keys:  # the manifest says so where they are not
+        del params["keep_keys"]
     params["shard_positions"] = SHARD_POSITIONS
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
     with stage(out, KIND, params, inputs) as writer:
@@ -90,44 +96,61 @@ def _write(
     config: DatastoreConfig, corpus: TokenCorpus, stream: TokenStream, writer: StageWriter
 ) -> Artefact:
     from memdec.data.index import EXACT, build_faiss, choose_index, write_faiss
+    from memdec.data.keys import StoredKeys
+
+    _check_tokenizer(config.model, corpus)
+    bounds = _shard_bounds(stream.positions, config.block_size, SHARD_POSITIONS)
+    computed = _computed_keys(config, corpus, bounds)
+    keys: Keys = computed
+    facts: dict[str, Any] = {"size": keys.size, "width": keys.width, "key_layer": computed.layer}
+    index = choose_index(config.index, keys.size, keys.width)
+    if index == EXACT and not config.keep_keys:
+        raise MemdecError(
+            f"index {EXACT} searches the keys themselves: keep them, or give an index that "
+            "compresses them, such as IVF256,SQfp16"
+        )
+    if config.keep_keys:
+        _write_keys(writer, computed, bounds)
+        keys = StoredKeys(_open_keys(writer.path, len(bounds)))
+    del computed  # and with it the model, unless it has to compute the keys again
+    if not writer.has(NEXT_TOKENS):
+        _write_array(writer, NEXT_TOKENS, stream.read(1, len(stream)))
+    if index != EXACT and not writer.has(INDEX):
+        built = build_faiss(index, keys, config.seed)
+        writer.write(INDEX, lambda file: write_faiss(built, file))
+    shards = len(bounds) if config.keep_keys else 0
+    return writer.finish(dtype="float16", shards=shards, index=index, **facts)
+
+
+def _computed_keys(
+    config: DatastoreConfig, corpus: TokenCorpus, bounds: Sequence[tuple[int, int]]
+) -> ComputedKeys:
+    from memdec.data.keys import ComputedKeys
     from memdec.evaluation.forward import check_model
     from memdec.modeling.key_layer import KeyRecorder
     from memdec.modeling.loading import load_model, pick_device
 
-    _check_tokenizer(config.model, corpus)
     model = load_model(config.model, device=pick_device(config.device), dtype=config.dtype)
     check_model(model, config.block_size, corpus.vocab_size)
     recorder = KeyRecorder(model, config.key_layer)
-    width = _forward(model, recorder, stream.read(0, 1)[None]).shape[1]
-    index = choose_index(config.index, stream.positions, width)
-    bounds = list(enumerate(_shard_bounds(stream.positions, config.block_size)))
-    left = [(number, edges) for number, edges in bounds if not writer.has(_shard_name(number))]
-    done = stream.positions - sum(stop - start for _, (start, stop) in left)
-    with Progress("keys of train", stream.positions, "tokens", done) as progress:
+    stream = corpus.split("train")
+    return ComputedKeys(recorder, stream, bounds, config.block_size, config.batch_blocks)
+
+
+def _write_keys(writer: StageWriter, keys: ComputedKeys, bounds: Sequence[tuple[int, int]]) -> None:
+    left = [
+        (number, edges)
+        for number, edges in enumerate(bounds)
+        if not writer.has(_shard_name(number))
+    ]
+    done = keys.size - sum(stop - start for _, (start, stop) in left)
+    with Progress("keys of train", keys.size, "tokens", done) as progress:
         for number, (start, stop) in left:
-            keys = np.empty((stop - start, width), np.float16)
-            for first, last, rows in block_batches(
-                start, stop, config.block_size, config.batch_blocks
-            ):
-                tokens = stream.read(first, last).reshape(rows, -1)
-                keys[first - start : last - start] = _forward(model, recorder, tokens)
-                progress.advance(last - first)
-            _write_array(writer, _shard_name(number), keys)
-    del model
-    if not writer.has(NEXT_TOKENS):
-        _write_array(writer, NEXT_TOKENS, stream.read(1, len(stream)))
-    if index != EXACT and not writer.has(INDEX):
-        shards = _open_keys(writer.path, len(bounds))
-        built = build_faiss(index, shards, config.seed)
-        writer.write(INDEX, lambda file: write_faiss(built, file))
-    return writer.finish(
-        size=stream.positions,
-        width=width,
-        dtype="float16",
-        shards=len(bounds),
-        index=index,
-        key_layer=recorder.name,
-    )
+            parts = []
+            for part in keys.passes(start, stop):
+                parts.append(part)
+                progress.advance(len(part))
+            _write_array(writer, _shard_name(number), np.concatenate(parts))
 
 
 def _check_tokenizer(model: str, corpus: TokenCorpus) -> None:
@@ -137,33 +160,14 @@ def _check_tokenizer(model: str, corpus: TokenCorpus) -> None:
         compare_tokenizers(corpus.tokenizer(), load_tokenizer(model), ("the tokens", "the teacher"))
 
 
-def _forward(model: PreTrainedModel, recorder: KeyRecorder, tokens: np.ndarray) -> np.ndarray:
-    """Keys of `tokens` [rows, length], float16 [rows * length, width]."""
-    import torch
-
-    # The logits are not needed, and at 150,000 tokens they would be the largest thing in memory.
-    accepted = inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    input_ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
-    with recorder, torch.inference_mode():
-        model(input_ids=input_ids, use_cache=False, **options)
-    keys = recorder.keys.flatten(0, 1).half()
-    if not bool(torch.isfinite(keys).all()):
-        raise MemdecError(
-            f"the input of {recorder.name} does not fit float16; name another layer with key_layer"
-        )
-    return keys.cpu().numpy()
-
-
 def _write_array(writer: StageWriter, name: str, array: np.ndarray) -> None:
     writer.write(name, lambda file: np.save(file, array))
 
 
-def _shard_bounds(positions: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Positions [start, stop) of each shard: whole blocks, at least one."""
-    size = max(SHARD_POSITIONS // block_size, 1) * block_size
-    for start in range(0, positions, size):
-        yield start, min(start + size, positions)
+def _shard_bounds(positions: int, block_size: int, length: int) -> list[tuple[int, int]]:
+    """Positions [start, stop) of each shard: whole blocks, at least one, of `length` together."""
+    size = max(length // block_size, 1) * block_size
+    return [(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
 def _shard_name(number: int) -> str:
@@ -181,10 +185,40 @@ class Datastore:
 
     artefact: Artefact
     device: str
+    computed: Keys | None = None
 
     @classmethod
     def open(cls, path: Path | str, device: str = "cpu") -> Datastore:
         return cls(Artefact.open(path, KIND), device)
+
+    @property
+    def keeps_keys(self) -> bool:
+        return bool(self.artefact.manifest["params"].get("keep_keys", True))
+
+    def with_keys_of(self, model: str | None, corpus: TokenCorpus) -> Datastore:
+        """The datastore itself if it keeps its keys, else one whose keys the teacher computes.
+
+        Raises:
+            MemdecError: no or another teacher, or other tokens than it was made with.
+        """
+        from memdec.modeling.loading import model_fingerprint
+
+        if self.keeps_keys:
+            return self
+        if model is None:
+            raise MemdecError(f"{self.artefact.path} keeps no keys: give the model that made them")
+        check_input(self.artefact, "tokens", corpus.fingerprint)
+        check_input(self.artefact, "model", model_fingerprint(model))
+        params = self.artefact.manifest["params"]
+        names = [field.name for field in fields(DatastoreConfig) if field.name in params]
+        config = DatastoreConfig(
+            **{name: params[name] for name in names},
+            model=model,
+            tokens=corpus.artefact.path,
+            device=self.device,
+        )
+        bounds = _shard_bounds(self.size, self.block_size, params["shard_positions"])
+        return replace(self, computed=_computed_keys(config, corpus, bounds))
 
     @property
     def fingerprint(self) -> str:
@@ -218,8 +252,12 @@ class Datastore:
         return np.where(ids < 0, np.int32(-1), self.next_tokens[ids])
 
     def keys(self, start: int, stop: int) -> np.ndarray:
-        """Keys of positions [start, stop), float16, as a new array."""
-        return rows_between(self._shards, start, stop)
+        """Keys of positions [start, stop), float16, as a new array.
+
+        Raises:
+            MemdecError: the datastore keeps none (:meth:`with_keys_of`).
+        """
+        return self._keys.read(start, stop)
 
     def search(
         self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
@@ -246,14 +284,23 @@ class Datastore:
         return self._index.search(queries, k, exclude)
 
     @cached_property
-    def _shards(self) -> list[np.ndarray]:
-        return _open_keys(self.artefact.path, self.artefact.manifest["shards"])
+    def _keys(self) -> Keys:
+        from memdec.data.keys import StoredKeys
+
+        if self.keeps_keys:
+            shards = self.artefact.manifest["shards"]
+            return StoredKeys(_open_keys(self.artefact.path, shards))
+        if self.computed is None:
+            raise MemdecError(f"{self.artefact.path} keeps no keys: the teacher is needed for them")
+        return self.computed
 
     @cached_property
     def _index(self) -> ExactIndex | FaissIndex:
-        from memdec.data.index import EXACT, ExactIndex, FaissIndex
+        from memdec.data.exact import ExactIndex
+        from memdec.data.index import EXACT, FaissIndex
 
         if self.artefact.manifest["index"] == EXACT:
-            return ExactIndex(self._shards, self.device)
+            shards = self.artefact.manifest["shards"]
+            return ExactIndex(_open_keys(self.artefact.path, shards), self.device)
         nprobe = self.artefact.manifest["params"]["nprobe"]
         return FaissIndex(self.artefact.file(INDEX), nprobe)

@@ -88,7 +88,7 @@ class KeyRecorder:
 
     def __init__(self, model: PreTrainedModel, key_layer: str | None = None) -> None:
         self.name, self._layer = find_feed_forward(model, key_layer)
-        self._model = model
+        self.model = model
         self._shape = torch.Size()
         self._keys: Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -101,7 +101,7 @@ class KeyRecorder:
 
     def __enter__(self) -> Self:
         self._handles = [
-            self._model.register_forward_pre_hook(self._start, with_kwargs=True),
+            self.model.register_forward_pre_hook(self._start, with_kwargs=True),
             self._layer.register_forward_pre_hook(self._record, with_kwargs=True),
         ]
         return self

@@ -87,6 +87,17 @@ def load_model(
     return model.eval().to(device)
 
 
+def load_shape(name: str | Path) -> PreTrainedModel:
+    """The model of :func:`load_model` without its weights, on the device ``meta``, to count by.
+
+    Raises:
+        MemdecError: no such model.
+    """
+    source, options = _source(name)
+    with _quiet_unless_terminal(), _one_line_errors("model", name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **options))
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that lies beside a model, named as for :func:`load_model`.
 

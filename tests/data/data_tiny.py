@@ -29,7 +29,7 @@ _SHARD_SIZES = {
     "memdec.data.corpus.SHARD_TOKENS": 300,
     "memdec.data.datastore.SHARD_POSITIONS": 160,
     "memdec.data.targets.SHARD_ROWS": 128,
-    "memdec.data.targets._ROWS_A_SEARCH": 32,
+    "memdec.data.sources._ROWS_A_SEARCH": 32,
 }
 
 
@@ -114,6 +114,7 @@ def start(target: Callable[..., object], *arguments: Any) -> BaseProcess:
         [
             "pytest",
             "transformers.models.llama.modeling_llama",
+            "memdec.data.sources",
             "memdec.data.targets",
             "memdec.data.index",
             "memdec.evaluation.forward",

@@ -233,3 +233,61 @@ def test_nothing_written_tells_the_place(datastore_dir, tiny):
 def test_numbers_below_one(options, name):
     with pytest.raises(MemdecError, match=f"{name} must be above 0, got 0"):
         DatastoreConfig(**{**options, name: 0})
+
+
+@needs_faiss
+@pytest.mark.parametrize("shards", ["one shard", "small shards"])
+def test_keys_that_are_not_kept_give_the_same_index_and_targets(
+    options, tiny, corpus, tmp_path, monkeypatch, shards
+):
+    """Read back in other parts than they are computed in, and by audit too."""
+    from memdec.data.audit import AuditConfig, audit
+
+    if shards == "small shards":
+        set_small_shards(monkeypatch.setattr)
+        monkeypatch.setattr("memdec.data.index._KEYS_A_CHUNK", 100)
+        monkeypatch.setattr("memdec.data.keys._KEYS_A_READ", 70)
+    options = {**options, "index": "IVF8,SQfp16", "nprobe": 2, "batch_blocks": 3}
+    common = {"tokens": tiny / "tokens", "model": str(tiny / "model"), "device": "cpu"}
+    for name, kept in (("kept", True), ("forgotten", False)):
+        run_stage("datastore", {**options, "keep_keys": kept}, tmp_path / name)
+        values = {**common, "datastore": tmp_path / name, "k": 9, "temperature": 2.0}
+        run_stage("targets", values, tmp_path / f"targets of {name}")
+    kept, forgotten = contents(tmp_path / "kept"), contents(tmp_path / "forgotten")
+    assert sorted(forgotten) == ["index.faiss", "manifest.json", "next_tokens.npy"]
+    for name in ("index.faiss", "next_tokens.npy"):
+        assert kept[name] == forgotten[name]
+    rows = contents(tmp_path / "targets of kept")
+    again = contents(tmp_path / "targets of forgotten")
+    del rows["manifest.json"], again["manifest.json"]  # they name the datastore
+    assert rows == again
+    assert len(rows) > (5 if shards == "small shards" else 0)
+    store = Datastore.open(tmp_path / "forgotten").with_keys_of(common["model"], corpus)
+    stored = Datastore.open(tmp_path / "kept")
+    for start, stop in ((0, 40), (33, 35), (700, 1000), (10, 500)):
+        assert np.array_equal(store.keys(start, stop), stored.keys(start, stop))
+    given = {"targets": tmp_path / "targets of forgotten", "datastore": tmp_path / "forgotten"}
+    given |= {"rows": 40, "min_recall": 0.0}
+    assert audit(AuditConfig(**given, **common)) == 0
+
+
+@needs_faiss
+def test_keys_that_are_not_kept_are_asked_for_with_the_teacher_that_made_them(
+    options, tiny, corpus, tmp_path
+):
+    values = {**options, "index": "IVF8,SQfp16", "keep_keys": False}
+    run_stage("datastore", values, tmp_path / "out")
+    store = Datastore.open(tmp_path / "out")
+    with pytest.raises(MemdecError, match="keeps no keys: the teacher is needed"):
+        store.keys(0, 1)
+    with pytest.raises(MemdecError, match="keeps no keys: give the model that made them"):
+        store.with_keys_of(None, corpus)
+    other = write_model(tmp_path / "model", seed=1)
+    with pytest.raises(MemdecError, match=r"made with model \w{12}, this run has \w{12}"):
+        store.with_keys_of(str(other), corpus)
+
+
+def test_exact_search_needs_its_keys(options, tmp_path):
+    with pytest.raises(MemdecError, match="index Flat searches the keys themselves: keep them"):
+        run_stage("datastore", {**options, "keep_keys": False}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

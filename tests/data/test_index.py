@@ -10,8 +10,10 @@ import pytest
 import torch
 from data_tiny import needs_faiss
 
-from memdec.data import index as index_module
-from memdec.data.index import ExactIndex, FaissIndex, build_faiss, choose_index, write_faiss
+from memdec.data import exact as exact_module
+from memdec.data.exact import ExactIndex, _unpack, smallest
+from memdec.data.index import FaissIndex, build_faiss, choose_index, write_faiss
+from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
 
 WIDTH = 24
@@ -36,20 +38,28 @@ def make_keys(count: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:
     return (generator.standard_normal((count, WIDTH)) + offset).astype(np.float16)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
+@pytest.fixture(params=["cpu", "cpu, halves", "cuda", "cuda, float32"])
+def device(request, monkeypatch):
+    """Where to search, and with which product, if not the device's own."""
+    device, _, product = request.param.partition(", ")
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    return request.param
+    if product:
+        monkeypatch.setattr(exact_module, "_multiplies_halves", lambda _: product == "halves")
+    return device
+
+
+def cut_blocks(monkeypatch, keys: int) -> None:
+    monkeypatch.setattr(exact_module, "_KEYS_A_BLOCK", {"cpu": keys, "cuda": keys})
 
 
 @pytest.fixture(params=["one chunk", "many chunks", "not resident"])
 def memory(request, monkeypatch):
     """The ways the keys can be cut and kept."""
     if request.param != "one chunk":
-        monkeypatch.setattr(index_module, "_KEYS_A_CHUNK", 70)
+        cut_blocks(monkeypatch, 70)
     if request.param == "not resident":
-        monkeypatch.setattr(index_module, "_RESIDENT_BYTES", 0)
+        monkeypatch.setattr(exact_module, "_RESIDENT_BYTES", 0)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
 
 
@@ -82,7 +92,7 @@ def test_equal_keys_are_equally_far_in_the_last_columns_of_a_product_too(device,
     distinct = make_keys(300)
     keys = distinct[np.random.default_rng(0).integers(0, len(distinct), 3000)]
     queries = make_keys(200, seed=3).astype(np.float32)
-    monkeypatch.setattr(index_module, "_KEYS_A_CHUNK", 333)
+    cut_blocks(monkeypatch, 333)
     _, ids = ExactIndex([keys], device).search(queries, 100, None)
     np.testing.assert_array_equal(ids, oracle(queries, keys, 100)[1])
 
@@ -139,8 +149,55 @@ def test_queries_beyond_a_batch(device, monkeypatch):
     keys = make_keys(90)
     own = np.arange(90)
     whole = ExactIndex([keys], device).search(keys, 5, own)
-    monkeypatch.setattr(index_module, "_QUERIES_A_BATCH", 32)
+    monkeypatch.setattr(exact_module, "_QUERIES_A_BATCH", 32)
     np.testing.assert_array_equal(ExactIndex([keys], device).search(keys, 5, own)[1], whole[1])
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 500, 4095, 4096, 5000])
+@pytest.mark.parametrize("distinct", [4096, 40, 1])
+def test_the_smallest_of_a_row_are_those_of_a_stable_sort(k, distinct):
+    """Groups of any width, ties in and across them, negative rounding and infinite columns."""
+    generator = torch.Generator().manual_seed(k)
+    values = torch.randint(distinct, (20, 4096), generator=generator).float() - 0.25
+    values[:, 4000:] = torch.inf
+    found, columns = _unpack(smallest(values, k))
+    expected = torch.sort(values.clamp(min=0), stable=True)
+    assert torch.equal(found, expected.values[:, :k])
+    assert torch.equal(columns, expected.indices[:, :k])
+
+
+def test_halves_keep_the_digits_of_float32():
+    """With keys of very different lengths, and columns far larger than the others."""
+    keys = make_keys(600).astype(np.float32)
+    keys[:, 3] *= 50.0
+    keys[:, 7] += 40.0
+    keys[200:400] *= 2.0**-10
+    keys = keys.astype(np.float16)
+    queries = keys[::7].astype(np.float32) * 1.01
+    truth = oracle(queries, keys, 600)[0]
+    errors = [
+        np.abs(ExactIndex([keys], "cpu", halves).search(queries, 600, None)[0] - truth).max()
+        for halves in (True, False)
+    ]
+    assert errors[0] <= 4 * errors[1]
+    assert errors[0] <= 1e-6 * truth.max()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
+def test_queries_that_cannot_be_of_this_layer_are_refused(device, wrong):
+    keys = make_keys(70)
+    queries = keys[:4].astype(np.float32)
+    queries[2, 5] = wrong
+    with pytest.raises(MemdecError, match="a query is not a number, or too far"):
+        ExactIndex([keys], device).search(queries, 5, None)
+
+
+def test_a_query_far_from_equal_keys_is_answered(device):
+    keys = np.full((70, WIDTH), 3.0, np.float16)
+    queries = np.full((1, WIDTH), -3.5, np.float32)
+    distances, ids = ExactIndex([keys], device).search(queries, 5, None)
+    assert ids.tolist() == [[0, 1, 2, 3, 4]]
+    np.testing.assert_allclose(distances, WIDTH * 6.5**2, rtol=1e-5)
 
 
 # FAISS
@@ -148,7 +205,7 @@ def test_queries_beyond_a_batch(device, monkeypatch):
 
 def saved(spec: str, keys: list[np.ndarray], path: Path, seed: int = 0) -> Path:
     with open(path, "wb") as file:
-        write_faiss(build_faiss(spec, keys, seed), file)
+        write_faiss(build_faiss(spec, StoredKeys(keys), seed), file)
     return path
 
 
@@ -232,7 +289,7 @@ def test_too_few_keys_to_train_on():
     with pytest.raises(MemdecError, match="IVF64,Flat has 64 lists, more than the 20 keys"):
         choose_index("IVF64,Flat", 20, WIDTH)
     with pytest.raises(MemdecError, match=r"FAISS cannot train PQ4x8 on 100 keys: .*\(100\)"):
-        build_faiss("PQ4x8", [make_keys(100)], 0)
+        build_faiss("PQ4x8", StoredKeys([make_keys(100)]), 0)
 
 
 def test_faiss_is_asked_for_only_where_it_is_needed(monkeypatch):

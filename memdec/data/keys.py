@@ -1,0 +1,132 @@
+"""The keys of the train positions: read from disk, or computed by the teacher whenever asked for.
+
+Computed keys are the bytes of kept ones: a forward pass has fixed global boundaries, whoever asks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from memdec.console import Progress
+from memdec.data.corpus import TokenStream, block_batches, rows_between
+from memdec.errors import MemdecError
+from memdec.modeling.key_layer import KeyRecorder
+
+_KEYS_A_READ = 1 << 16
+
+
+class Keys(Protocol):
+    """float16 [size, width]; row id == train position."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Keys [start, stop), as a new array. Cheapest when ranges follow one another."""
+        ...
+
+    def pick(self, ids: np.ndarray) -> np.ndarray:
+        """Keys of rising ids, int64 [n]."""
+        ...
+
+
+class StoredKeys:
+    """Keys in shards that follow one another."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = shards
+        self.size = sum(map(len, shards))
+        self.width = shards[0].shape[1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return rows_between(self.shards, start, stop)
+
+    def pick(self, ids: np.ndarray) -> np.ndarray:
+        bounds = np.cumsum([0, *map(len, self.shards)])
+        cuts = np.searchsorted(ids, bounds)
+        parts = [
+            shard[ids[start:stop] - first]
+            for shard, first, start, stop in zip(self.shards, bounds, cuts, cuts[1:], strict=False)
+        ]
+        return np.concatenate(parts)
+
+
+class ComputedKeys:
+    """Keys made by forward passes of the teacher; the last pass is remembered.
+
+    Args:
+        recorder: around the teacher, which is on its device.
+        shards: (start, stop) of each shard; no pass is longer than one.
+        batch_blocks: blocks of `block_size` tokens in a pass.
+    """
+
+    def __init__(
+        self,
+        recorder: KeyRecorder,
+        stream: TokenStream,
+        shards: Sequence[tuple[int, int]],
+        block_size: int,
+        batch_blocks: int,
+    ) -> None:
+        self._recorder = recorder
+        self._stream = stream
+        self._passes = [
+            bounds
+            for start, stop in shards
+            for bounds in block_batches(start, stop, block_size, batch_blocks)
+        ]
+        self._firsts = [first for first, _, _ in self._passes]
+        self._last: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.layer = recorder.name
+        self.size = stream.positions
+        self.width = _forward(recorder, stream.read(0, 1)[None]).shape[1]
+
+    def passes(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Keys [start, stop) in parts, one for each forward pass."""
+        containing = int(np.searchsorted(self._firsts, start, "right")) - 1
+        for number in range(containing, len(self._passes)):
+            first, last, rows = self._passes[number]
+            if first >= stop:
+                break
+            if self._last[0] != number:
+                tokens = self._stream.read(first, last).reshape(rows, -1)
+                self._last = (number, _forward(self._recorder, tokens))
+            yield self._last[1][max(start - first, 0) : stop - first]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate(list(self.passes(start, stop)))
+
+    def pick(self, ids: np.ndarray) -> np.ndarray:
+        parts = []
+        with Progress("keys to train the index", self.size, "tokens") as progress:
+            for start in range(0, self.size, _KEYS_A_READ):
+                stop = min(start + _KEYS_A_READ, self.size)
+                chosen = ids[(ids >= start) & (ids < stop)]
+                if len(chosen):
+                    parts.append(self.read(start, stop)[chosen - start])
+                progress.advance(stop - start)
+        return np.concatenate(parts)
+
+
+def _forward(recorder: KeyRecorder, tokens: np.ndarray) -> np.ndarray:
+    """Keys of `tokens` [rows, length], float16 [rows * length, width]."""
+    # The logits are not needed, and at 150,000 tokens they would be the largest thing in memory.
+    accepted = inspect.signature(recorder.model.forward).parameters
+    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    input_ids = torch.from_numpy(tokens.astype(np.int64)).to(recorder.model.device)
+    with recorder, torch.inference_mode():
+        recorder.model(input_ids=input_ids, use_cache=False, **options)
+    keys = recorder.keys.flatten(0, 1).half()
+    if not bool(torch.isfinite(keys).all()):
+        raise MemdecError(
+            f"the input of {recorder.name} does not fit float16; name another layer with key_layer"
+        )
+    return keys.cpu().numpy()
