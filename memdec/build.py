@@ -94,7 +94,7 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     """
     from memdec.data.corpus import PrepareConfig, prepare
     from memdec.data.datastore import DatastoreConfig, datastore
-    from memdec.data.targets import TargetsConfig, targets
+    from memdec.data.targets import SEARCHED, TargetsConfig, targets
     from memdec.evaluation.evaluate import EvalConfig, evaluate
     from memdec.training.adapt import AdaptConfig, adapt
     from memdec.training.distill import TrainConfig, train
@@ -120,8 +120,13 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
         adapted = add("adapt", adapt, AdaptConfig, model=teacher, tokens=tokens)
         teacher, epochs = str(out / "adapt" / "model"), adapted.epochs
         others.append(f"adapted={teacher}")
-    add("datastore", datastore, DatastoreConfig, model=teacher, tokens=tokens)
-    searched = {"datastore": out / "datastore", "tokens": tokens}
+    searched: dict[str, Any] = {"tokens": tokens}
+    source = (recipe.stages["targets"] or {}).get("source", "knn")
+    if source in SEARCHED:
+        add("datastore", datastore, DatastoreConfig, model=teacher, tokens=tokens)
+        searched["datastore"] = out / "datastore"
+    elif recipe.stages["datastore"]:
+        raise MemdecError(f"datastore: targets of source {source} need none; remove its options")
     add("targets", targets, TargetsConfig, model=teacher, **searched)
     taught = {"targets": out / "targets", "tokens": tokens, "base": base, "teacher": teacher}
     trained = add("train", train, TrainConfig, **taught)
@@ -131,6 +136,8 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
         others.append(f"fine-tuned={out / 'control' / 'model'}")
     memory = str(out / "train" / "memory")
     models = {"memory": memory, "others": others, **searched, **taught}
+    if source not in SEARCHED:  # no kNN-LM to compare with
+        del models["targets"]
     add("eval", evaluate, EvalConfig, **models)
     return steps
 

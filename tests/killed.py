@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["memdec.training.trainer", "memdec.training.distill"])
+_SERVER.set_forkserver_preload(
+    ["memdec.training.trainer", "memdec.training.distill", "memdec.data.sources"]
+)
 
 # The moments: the n-th call of one of these is not reached.
 MOMENTS = ("forward pass", "part of a checkpoint", "rename", "result", "manifest")
@@ -25,6 +29,25 @@ def run_killed(
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return process.exitcode != 0
+
+
+def start_stage(stage: Callable[[Any, Path], object], config: Any, out: Path) -> BaseProcess:
+    """Starts the stage in a process with one thread, whose words are nobody's."""
+    process = _SERVER.Process(target=_run_quietly, args=(stage, config, out))
+    process.start()
+    return process
+
+
+def _run_quietly(stage: Callable[[Any, Path], object], config: Any, out: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
+        stage(config, out)
 
 
 def _run(

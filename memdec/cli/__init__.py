@@ -30,6 +30,12 @@ COMMANDS = {
         "build",
         "BuildConfig",
     ),
+    "plan": Command(
+        "Say what a build would need, and whether it fits.",
+        "memdec.plan",
+        "plan",
+        "BuildConfig",
+    ),
     "demo": Command(
         "Run everything offline on a tiny model and Python's docs.",
         "memdec.demo",
@@ -59,6 +65,12 @@ COMMANDS = {
         "memdec.data.targets",
         "targets",
         "TargetsConfig",
+    ),
+    "audit": Command(
+        "Check a sample of the targets before training on them.",
+        "memdec.data.audit",
+        "audit",
+        "AuditConfig",
     ),
     "train": Command(
         "Train the memory on the targets.",

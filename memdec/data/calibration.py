@@ -16,12 +16,19 @@ _TEMPERATURES = np.geomspace(0.05, 16.0, 18)
 
 
 def calibrate(
-    model_name: str, datastore: Datastore, corpus: TokenCorpus, k: int, positions: int
+    model_name: str,
+    datastore: Datastore,
+    corpus: TokenCorpus,
+    k: int,
+    positions: int,
+    *,
+    temperature: float | None = None,
+    lmbda: float | None = None,
 ) -> dict[str, Any]:
-    """Tries temperatures on the first `positions` positions of validation.
+    """Tries temperatures on the first `positions` positions of validation, or takes the one given.
 
-    Each is judged by the mean nll of ``(1 - lmbda) p_teacher + lmbda p_knn`` at its best lmbda. The
-    spread that scales the temperatures is the median over queries of the standard deviation of
+    Each is judged by the mean nll of ``(1 - lmbda) p_teacher + lmbda p_knn`` at `lmbda`, or at its
+    best lmbda. The spread that scales the temperatures is the median over queries of the standard deviation of
     their k squared distances.
 
     Returns:
@@ -29,17 +36,21 @@ def calibrate(
         ``positions``, the ``spread``, and ``tried``: one row for each temperature.
     """
     from memdec.evaluation.knn_lm import knn_label_log_probs
-    from memdec.evaluation.mixture import best_lmbda
+    from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 
     keys, log_probs, labels = _teacher_forced(model_name, datastore, corpus, positions)
     distances, ids = datastore.search(keys, k)
     tokens = datastore.neighbor_tokens(ids)
     spread = _spread(distances)
     tried = []
-    for temperature in (_TEMPERATURES * spread).tolist():
-        knn = knn_label_log_probs(distances, tokens, labels, temperature)
-        lmbda, nll = best_lmbda(log_probs, knn)
-        tried.append({"temperature": temperature, "lmbda": lmbda, "nll": nll})
+    temperatures = (_TEMPERATURES * spread).tolist() if temperature is None else [temperature]
+    for candidate in temperatures:
+        knn = knn_label_log_probs(distances, tokens, labels, candidate)
+        if lmbda is None:
+            weight, nll = best_lmbda(log_probs, knn)
+        else:
+            weight, nll = lmbda, float(-mix_log_probs(log_probs, knn, lmbda).mean())
+        tried.append({"temperature": candidate, "lmbda": weight, "nll": nll})
     best = min(tried, key=lambda row: row["nll"])
     teacher_nll = float(-log_probs.mean(dtype=np.float64))
     say(

@@ -1,21 +1,21 @@
 """The stage ``targets``: a sparse next-token distribution for every train position; and its reader.
 
-Row i of the targets is the kNN distribution of train position i: what followed its k nearest keys,
-itself left out by id, each weighing ``exp(-squared distance / temperature)``.
+Row i of the targets belongs to train position i. What it is the distribution of, the option source
+says (:mod:`memdec.data.sources`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from memdec.config import Config, option, require
 from memdec.console import Progress, say
-from memdec.data.artefact import Artefact, StageWriter, stage
+from memdec.data.artefact import Artefact, StageWriter, file_sha256, stage
 from memdec.data.calibration import calibrate
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
@@ -24,75 +24,147 @@ from memdec.errors import MemdecError
 if TYPE_CHECKING:  # torch is slow to import, and --help needs the config alone
     import torch
 
+    from memdec.data.sources import Source
     from memdec.ops import SparseTargets
 
 KIND = "targets"
 SHARD_ROWS = 1 << 14
 
-_ROWS_A_SEARCH = 1024
+
+# The options that each source uses beside tokens, block_size and device.
+_USED = {
+    "knn": ("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
+    "teacher": ("model", "top_m", "batch_blocks", "dtype"),
+    "mixture": (
+        *("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
+        *("top_m", "lmbda", "batch_blocks"),
+    ),
+    "file": ("file", "model"),
+}
+SEARCHED = ("knn", "mixture")  # the sources that need a datastore
+_INPUTS = ("datastore", "model", "file")  # their content counts, by fingerprint
+_BLOCK_SIZE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetsConfig(Config):
-    """What ``memdec targets`` reads and which neighbours it counts."""
+    """What ``memdec targets`` reads and what its rows are the distribution of."""
 
-    datastore: Path = option(help="directory that datastore wrote")
     tokens: Path = option(help="directory that prepare wrote, the one the datastore was made of")
+    source: Literal["knn", "teacher", "mixture", "file"] = option(
+        "knn",
+        help="knn: what followed the nearest keys; teacher: its own most probable tokens; "
+        "mixture: both, as a kNN-LM answers; file: rows of your own",
+    )
+    datastore: Path | None = option(
+        None, help="directory that datastore wrote; for the sources knn and mixture"
+    )
     model: str | None = option(
-        None, help="the teacher that made the datastore; needed to choose the temperature"
+        None,
+        help="the teacher; needed unless the source is knn, the keys kept and the temperature given",
+    )
+    file: Path | None = option(
+        None, help="for the source file: .safetensors of indptr, token_ids, probs and label"
     )
     k: int = option(1024, help="neighbours of a position")
     temperature: float | None = option(
         None, help="divides the squared distances; by default chosen on the validation split"
     )
+    lmbda: float | None = option(
+        None,
+        help="weight of the neighbours in a mixture; by default chosen on the validation split",
+    )
+    top_m: int = option(64, help="tokens of the teacher's own distribution that are kept")
     max_entries: int | None = option(
         None, help="keep this many of the most probable tokens of a row; by default all"
     )
-    calibration_positions: int = option(4096, help="validation positions to choose temperature on")
+    calibration_positions: int = option(4096, help="validation positions to choose settings on")
+    block_size: int | None = option(
+        None, help="tokens the teacher sees at once; by default the datastore's, else 1024"
+    )
+    batch_blocks: int = option(8, help="blocks in one forward pass of the teacher")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "float32", help="of the teacher; for the source mixture the datastore's"
+    )
     device: str = option("auto", help="auto, cpu or cuda")
 
     def check(self) -> None:
-        for name in ("k", "calibration_positions"):
+        for name in ("k", "calibration_positions", "top_m", "batch_blocks"):
             require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("temperature", "max_entries"):
+        for name in ("temperature", "max_entries", "block_size"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "above 0", value)
-        if self.temperature is None and self.model is None:
+        require(self.lmbda is None or 0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
+        used = ("tokens", "source", "block_size", "device", *_USED[self.source])
+        for field in fields(self):
+            if field.name not in used and getattr(self, field.name) != field.default:
+                raise MemdecError(f"{field.name} does not go with source {self.source}")
+        for name in _INPUTS:
+            optional = name == "model" and self.source == "knn"
+            if name in used and not optional and getattr(self, name) is None:
+                raise MemdecError(f"source {self.source} needs {name}")
+        if self.temperature is None and self.source == "knn" and self.model is None:
             raise MemdecError(
                 "give the model (the teacher) to choose the temperature with, or a temperature"
             )
 
 
 def targets(config: TargetsConfig, out: Path) -> Artefact:
-    """Searches the datastore for every train position and stores the distributions.
+    """Stores a distribution for every train position.
 
     Raises:
-        MemdecError: a datastore of other tokens or of another teacher, k above its size.
+        MemdecError: a datastore of other tokens, of another teacher or of other blocks, k above its
+            size, a file of other tokens.
     """
     from memdec.modeling.loading import model_fingerprint, pick_device
 
     corpus = TokenCorpus.open(config.tokens)
-    store = Datastore.open(config.datastore, str(pick_device(config.device)))
-    made_of = store.artefact.manifest["inputs"]
-    _refuse_other("tokens", config.tokens, made_of["tokens"], corpus.fingerprint)
-    if config.model is not None:
-        found = model_fingerprint(config.model)
-        _refuse_other("the teacher", config.model, made_of["model"], found)
-    require(config.k <= store.size, "k", f"at most {store.size}, the datastore's size", config.k)
-    params = config.to_mapping()
-    for name in ("datastore", "tokens", "model", "device"):
-        del params[name]
-    params["shard_rows"] = SHARD_ROWS
-    inputs = {
-        "datastore": store.fingerprint,
-        "tokens": corpus.fingerprint,
-        "model": made_of["model"],  # the teacher, for the stage train to compare with its own
-    }
-    with stage(out, KIND, params, inputs) as writer:
+    store = None
+    inputs = {"tokens": corpus.fingerprint}
+    block_size = config.block_size or _BLOCK_SIZE
+    if config.datastore is not None:
+        store = Datastore.open(config.datastore, str(pick_device(config.device)))
+        made_of = store.artefact.manifest["inputs"]
+        _refuse_other("tokens", config.tokens, made_of["tokens"], corpus.fingerprint)
+        if config.model is not None:
+            found = model_fingerprint(config.model)
+            _refuse_other("the teacher", config.model, made_of["model"], found)
+        require(
+            config.k <= store.size, "k", f"at most {store.size}, the datastore's size", config.k
+        )
+        expected = f"{store.block_size}, the datastore's"
+        require(config.block_size in (None, store.block_size), "block_size", expected, block_size)
+        block_size = store.block_size
+        inputs |= {"datastore": store.fingerprint, "model": made_of["model"]}
+    else:
+        assert config.model is not None  # TargetsConfig.check
+        inputs["model"] = model_fingerprint(config.model)
+    if config.file is not None:
+        inputs["file"] = _file_fingerprint(config.file)
+    # The model is the teacher, for the stage train to compare with its own.
+    with stage(out, KIND, _params(config, block_size), inputs) as writer:
         if writer.finished:
             say(f"targets: already done in {out}")
             return Artefact.open(out, KIND)
-        return _write(config, corpus, store, writer)
+        return _write(config, corpus, store, block_size, writer)
+
+
+def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
+    values = config.to_mapping()
+    params = {name: values[name] for name in _USED[config.source] if name not in _INPUTS}
+    params["shard_rows"] = SHARD_ROWS
+    if config.source != "knn":
+        params |= {"source": config.source, "block_size": block_size}
+    if "batch_blocks" in params:  # no forward pass is cut by a shard
+        params["shard_rows"] = max(SHARD_ROWS // block_size, 1) * block_size
+    return params
+
+
+def _file_fingerprint(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise MemdecError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _refuse_other(what: str, name: Path | str, expected: str, found: str) -> None:
@@ -103,71 +175,103 @@ def _refuse_other(what: str, name: Path | str, expected: str, found: str) -> Non
 
 
 def _write(
-    config: TargetsConfig, corpus: TokenCorpus, store: Datastore, writer: StageWriter
+    config: TargetsConfig,
+    corpus: TokenCorpus,
+    store: Datastore | None,
+    block_size: int,
+    writer: StageWriter,
 ) -> Artefact:
-    temperature, calibration = _temperature(config, corpus, store, writer)
+    chosen = _choose(config, corpus, store, writer)
     stream = corpus.split("train")
-    bounds = [
-        (start, min(start + SHARD_ROWS, store.size)) for start in range(0, store.size, SHARD_ROWS)
-    ]
+    size = stream.positions
+    shard_rows = _params(config, block_size)["shard_rows"]
+    bounds = [(start, min(start + shard_rows, size)) for start in range(0, size, shard_rows)]
     names = [_shard_name(number) for number in range(len(bounds))]
     left = [
         (name, edges) for name, edges in zip(names, bounds, strict=True) if not writer.has(name)
     ]
-    done = store.size - sum(stop - start for _, (start, stop) in left)
-    with Progress("targets", store.size, "rows", done) as progress:
+    done = size - sum(stop - start for _, (start, stop) in left)
+    source = _source(config, corpus, store, block_size, chosen)
+    with Progress("targets", size, "rows", done) as progress:
         for name, (start, stop) in left:
             parts = []
-            for first in range(start, stop, _ROWS_A_SEARCH):
-                rows = np.arange(first, min(first + _ROWS_A_SEARCH, stop))
-                parts.append(_neighbours_to_targets(store, rows, config, temperature))
-                progress.advance(len(rows))
+            for part in source.rows(start, stop):
+                parts.append(part)
+                progress.advance(len(part))
             labels = stream.read(start + 1, stop + 1)
             _write_shard(writer, name, parts, np.arange(start, stop), labels)
     shards = [_open_shard(writer.file(name)) for name in names]
     dropped = [shard["dropped_mass"] for shard in shards if "dropped_mass" in shard]
+    if config.source != "mixture":
+        del chosen["lmbda"]
     return writer.finish(
-        rows=store.size,
-        block_size=store.block_size,
+        rows=size,
+        block_size=block_size,
         entries=sum(len(shard["token_ids"]) for shard in shards),
         shards=len(shards),
         dtypes={name: str(array.dtype) for name, array in shards[0].items()},
-        temperature=temperature,
-        calibration=calibration,
+        **chosen,
         mean_dropped_mass=float(np.concatenate(dropped).mean(dtype=np.float64)) if dropped else 0.0,
     )
 
 
-def _temperature(
-    config: TargetsConfig, corpus: TokenCorpus, store: Datastore, writer: StageWriter
-) -> tuple[float, dict[str, Any] | None]:
-    """The temperature, and how it was chosen if it was not given."""
-    if config.temperature is not None:
-        return config.temperature, None
+def _choose(
+    config: TargetsConfig, corpus: TokenCorpus, store: Datastore | None, writer: StageWriter
+) -> dict[str, Any]:
+    """Temperature and lmbda, given or chosen on validation, and how they were chosen, if so."""
+    chosen = {"temperature": config.temperature, "lmbda": config.lmbda, "calibration": None}
+    wanted = {"knn": ("temperature",), "mixture": ("temperature", "lmbda")}
+    open_ones = [name for name in wanted.get(config.source, ()) if chosen[name] is None]
+    if not open_ones:
+        return chosen
     calibration = writer.note("calibration")
     if calibration is None:
         assert config.model is not None  # TargetsConfig.check
-        calibration = calibrate(config.model, store, corpus, config.k, config.calibration_positions)
+        assert store is not None
+        calibration = calibrate(
+            config.model,
+            store,
+            corpus,
+            config.k,
+            config.calibration_positions,
+            temperature=config.temperature,
+            lmbda=config.lmbda,
+        )
         writer.set_note("calibration", calibration)
-    return calibration["temperature"], calibration
+    return {**chosen, "calibration": calibration} | {name: calibration[name] for name in open_ones}
 
 
-def _neighbours_to_targets(
-    store: Datastore, rows: np.ndarray, config: TargetsConfig, temperature: float
-) -> SparseTargets:
-    """Targets of consecutive train positions; each row's own key is left out of its search."""
-    import torch
+def _source(
+    config: TargetsConfig,
+    corpus: TokenCorpus,
+    store: Datastore | None,
+    block_size: int,
+    chosen: dict[str, Any],
+) -> Source:
+    from memdec.data.sources import FileSource, KnnSource, MixtureSource, TeacherSource
+    from memdec.modeling.loading import load_model, pick_device
 
-    from memdec.ops import knn_scatter
-
-    keys = store.keys(int(rows[0]), int(rows[-1]) + 1)
-    distances, ids = store.search(keys, config.k, exclude=rows)
-    return knn_scatter(
-        torch.from_numpy(distances).to(store.device),
-        torch.from_numpy(store.neighbor_tokens(ids)).to(store.device),
-        temperature=temperature,
-        max_entries=config.max_entries,
-    ).to("cpu")
+    if config.source == "file":
+        assert config.file is not None  # TargetsConfig.check
+        return FileSource(config.file, corpus)
+    knn = None
+    if store is not None:
+        store = store.with_keys_of(config.model, corpus)
+        knn = KnnSource(store, config.k, chosen["temperature"], config.max_entries)
+    if config.source == "knn":
+        assert knn is not None
+        return knn
+    assert config.model is not None
+    dtype = config.dtype if store is None else store.artefact.manifest["params"]["dtype"]
+    teacher = TeacherSource(
+        load_model(config.model, device=pick_device(config.device), dtype=dtype),
+        corpus.split("train"),
+        corpus.vocab_size,
+        config.top_m,
+        block_size,
+        config.batch_blocks,
+    )
+    return teacher if knn is None else MixtureSource(teacher, knn, chosen["lmbda"])
 
 
 def _write_shard(
@@ -241,6 +345,11 @@ class TargetStore:
         return int(self.artefact.manifest["block_size"])
 
     @property
+    def source(self) -> str:
+        """What the distributions are of, as in :class:`TargetsConfig`."""
+        return str(self.artefact.manifest["params"].get("source", "knn"))
+
+    @property
     def k(self) -> int:
         return int(self.artefact.manifest["params"]["k"])
 
@@ -268,11 +377,11 @@ class TargetStore:
         if "dropped_mass" in self.artefact.manifest["dtypes"]:
             names.append("dropped_mass")
         # Begun with empty arrays of the right dtypes: there may be no position.
-        shard = self._shard(0)
+        shard = self.shard(0)
         lengths = [np.empty(0, np.int64)]
         parts = {name: [shard[name][:0]] for name in names}
         for number, rows in self._runs(positions):
-            shard = self._shard(number)
+            shard = self.shard(number)
             indptr = shard["indptr"][rows.start : rows.stop + 1]
             lengths.append(np.diff(indptr))
             for name in names:
@@ -296,7 +405,8 @@ class TargetStore:
         for first, last in zip(firsts, lasts, strict=False):
             yield int(numbers[first]), slice(int(local[first]), int(local[last]) + 1)
 
-    def _shard(self, number: int) -> dict[str, np.ndarray]:
+    def shard(self, number: int) -> dict[str, np.ndarray]:
+        """The arrays of one shard, memory-mapped, by name."""
         if number not in self._shards:
             self._shards[number] = _open_shard(self.artefact.file(_shard_name(number)))
         return self._shards[number]

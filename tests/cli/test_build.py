@@ -119,6 +119,31 @@ def test_a_directory_of_something_else_is_refused(memdec: Callable, tiny, tmp_pa
     assert [item.name for item in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("source", ["teacher", "mixture"])
+def test_other_sources_of_targets(tiny, tmp_path, source):
+    settings = (f"targets.source={source}", "targets.top_m=16", "train.epochs=1")
+    given = arguments(tiny, tmp_path)
+    given.remove("--control")
+    recipe = tmp_path / "given.yaml"
+    if source == "teacher":
+        recipe.write_text(RECIPE.replace("targets: {k: 16}\n", ""))
+    flags = [flag for text in settings for flag in ("--set", text)]
+    result = CliRunner().invoke(make_app("build"), [*given, "--no-adapt", *flags])
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "out" / "targets" / "manifest.json").read_text())
+    assert manifest["params"]["source"] == source
+    assert (tmp_path / "out" / "datastore").exists() == (source == "mixture")
+    assert ("kNN-LM" in result.stdout) == (source == "mixture")
+
+
+def test_options_of_a_datastore_that_nobody_needs_are_refused(tiny, tmp_path):
+    flags = ["--set", "targets.source=teacher", "--set", "datastore.nprobe=3"]
+    result = CliRunner().invoke(make_app("build"), [*arguments(tiny, tmp_path), *flags])
+    assert result.exit_code == 1
+    assert "targets of source teacher need none" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_killed_in_several_stages_it_ends_with_the_same_bytes(built, tiny, tmp_path, monkeypatch):
     root, _ = built

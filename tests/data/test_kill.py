@@ -66,10 +66,17 @@ def test_prepare(tiny, tmp_path):
     _kill_and_compare("prepare", values, tmp_path)
 
 
-@pytest.mark.parametrize("index", ["Flat", pytest.param("IVF8,Flat", marks=needs_faiss)])
-def test_datastore(tiny, tmp_path, index):
+@pytest.mark.parametrize(
+    ("index", "keep_keys"),
+    [
+        ("Flat", True),
+        pytest.param("IVF8,Flat", True, marks=needs_faiss),
+        pytest.param("IVF8,Flat", False, marks=needs_faiss),
+    ],
+)
+def test_datastore(tiny, tmp_path, index, keep_keys):
     values = {"model": str(tiny / "model"), "tokens": tiny / "tokens", "block_size": 32}
-    values |= {"index": index, "batch_blocks": 2, "device": "cpu"}
+    values |= {"index": index, "keep_keys": keep_keys, "batch_blocks": 2, "device": "cpu"}
     _kill_and_compare("datastore", values, tmp_path)
 
 

@@ -1,0 +1,230 @@
+"""Where target rows come from: neighbours, the teacher's own distribution, both, or a file.
+
+A source gives the rows of consecutive train positions. What is written, and who reads it, does not
+depend on which source it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from memdec.config import require
+from memdec.data.corpus import TokenCorpus, TokenStream, block_batches
+from memdec.data.datastore import Datastore
+from memdec.errors import MemdecError
+from memdec.ops import SparseTargets, knn_scatter
+
+_ROWS_A_SEARCH = 1024
+_SUM_TOLERANCE = 1e-3
+_FILE_DTYPES = {
+    "indptr": torch.int64,
+    "token_ids": torch.int32,
+    "probs": torch.float32,
+    "label": torch.int32,
+}
+
+
+class Source(Protocol):
+    """What the stage ``targets`` asks of a source."""
+
+    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
+        """Rows of train positions [start, stop), in order and in parts, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class KnnSource:
+    """What followed the k nearest keys, each weighing ``exp(-squared distance / temperature)``."""
+
+    store: Datastore
+    k: int
+    temperature: float
+    max_entries: int | None
+
+    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
+        for first in range(start, stop, _ROWS_A_SEARCH):
+            distances, tokens = self.neighbours(first, min(first + _ROWS_A_SEARCH, stop))
+            yield knn_scatter(
+                distances, tokens, temperature=self.temperature, max_entries=self.max_entries
+            ).to("cpu")
+
+    def neighbours(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared distances and next tokens, [rows, k]; a row's own key is left out by id."""
+        keys = self.store.keys(start, stop)
+        distances, ids = self.store.search(keys, self.k, exclude=np.arange(start, stop))
+        tokens = self.store.neighbor_tokens(ids)
+        return (
+            torch.from_numpy(distances).to(self.store.device),
+            torch.from_numpy(tokens).to(self.store.device),
+        )
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """The teacher's `top_m` most probable tokens; the rest is dropped mass.
+
+    `start` of a range must begin a block: every block is a context of its own, as in training.
+    """
+
+    model: PreTrainedModel
+    stream: TokenStream
+    vocab_size: int
+    top_m: int
+    block_size: int
+    batch_blocks: int
+
+    def __post_init__(self) -> None:
+        from memdec.evaluation.forward import check_model
+
+        check_model(self.model, self.block_size, self.vocab_size)
+        expected = f"at most {self.vocab_size}, the tokens there are"
+        require(self.top_m <= self.vocab_size, "top_m", expected, self.top_m)
+
+    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
+        for _, _, log_probs, tokens in self.top(start, stop):
+            yield _sparse_rows(log_probs, tokens, None)
+
+    def top(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """First and last position of a pass, log-probabilities and tokens, [rows, top_m] both.
+
+        Raises:
+            MemdecError: the teacher's logits are NaN or infinite.
+        """
+        for first, last, blocks in block_batches(start, stop, self.block_size, self.batch_blocks):
+            tokens = torch.from_numpy(self.stream.read(first, last).astype(np.int64))
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=tokens.view(blocks, -1).to(self.model.device), use_cache=False
+                ).logits
+                parts = [self._top_of_block(block) for block in logits]
+            log_probs = torch.cat([values for values, _ in parts])
+            if not bool(torch.isfinite(log_probs).all()):
+                raise MemdecError(
+                    f"the teacher's logits at positions {first} to {last} are no numbers"
+                )
+            yield first, last, log_probs, torch.cat([ids for _, ids in parts])
+
+    def _top_of_block(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block at a time: a batch's logits in float32 could be the largest thing in memory."""
+        scores = logits[:, : self.vocab_size].float()
+        values, ids = scores.topk(self.top_m, dim=1)
+        return values - scores.logsumexp(1, keepdim=True), ids
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """``(1 - lmbda) * p_teacher + lmbda * p_knn``, which a kNN-LM answers (arXiv 1911.00172).
+
+    Of the teacher's part only its `top_m` tokens count; the rest is dropped mass. A position
+    without neighbours has the teacher's part alone.
+    """
+
+    teacher: TeacherSource
+    knn: KnnSource
+    lmbda: float
+
+    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
+        for first, last, log_probs, tokens in self.teacher.top(start, stop):
+            distances, neighbour_tokens = self.knn.neighbours(first, last)
+            scores = (-distances / self.knn.temperature).masked_fill(
+                neighbour_tokens < 0, -torch.inf
+            )
+            alone = torch.isinf(scores).all(dim=1, keepdim=True)
+            lmbda = torch.where(alone, 0.0, self.lmbda)
+            near = scores.softmax(dim=1).masked_fill(alone, 0.0).log()
+            yield _sparse_rows(
+                torch.cat([log_probs + torch.log1p(-lmbda), near + lmbda.log()], dim=1),
+                torch.cat([tokens, neighbour_tokens], dim=1),
+                self.knn.max_entries,
+            )
+
+
+def _sparse_rows(
+    log_weights: torch.Tensor, tokens: torch.Tensor, max_entries: int | None
+) -> SparseTargets:
+    """Rows from weighed tokens [rows, n], repeats summed; what is missing to a mass of 1 is dropped.
+
+    A minus log-weight is a distance at temperature 1.
+    """
+    rows = knn_scatter(-log_weights, tokens, max_entries=max_entries)
+    mass = log_weights.exp().sum(dim=1, dtype=torch.float64)
+    if rows.dropped_mass is not None:
+        mass *= 1 - rows.dropped_mass
+    dropped = (1 - mass).clamp(min=0).float()
+    return SparseTargets(rows.indptr, rows.token_ids, rows.probs, dropped).to("cpu")
+
+
+class FileSource:
+    """Rows of the user's own, from a safetensors file.
+
+    ``indptr`` int64 [positions + 1], ``token_ids`` int32 and ``probs`` float32 as in
+    :class:`memdec.ops.SparseTargets`, a row for each train position, and ``label`` int32
+    [positions], the token that follows each, by which rows and tokens are known to match.
+
+    Raises:
+        MemdecError: no such file, an array that is missing, of another dtype or length, a label
+            that is not the corpus's.
+    """
+
+    def __init__(self, path: Path, corpus: TokenCorpus) -> None:
+        self._path = path
+        self._vocab_size = corpus.vocab_size
+        arrays = _read_arrays(path)
+        stream = corpus.split("train")
+        lengths = {"indptr": stream.positions + 1, "label": stream.positions}
+        for name, expected in lengths.items():
+            if arrays[name].shape != (expected,):
+                raise MemdecError(
+                    f"{path}: {name} must have shape [{expected}], the train split's, "
+                    f"got {list(arrays[name].shape)}"
+                )
+        labels = torch.from_numpy(stream.read(1, len(stream)))
+        wrong = torch.nonzero(arrays["label"] != labels)
+        if len(wrong):
+            first = int(wrong[0])
+            raise MemdecError(
+                f"{path}: {len(wrong)} labels are not the train tokens; at position {first} "
+                f"expected {labels[first]}, got {arrays['label'][first]}"
+            )
+        self._targets = SparseTargets(arrays["indptr"], arrays["token_ids"], arrays["probs"])
+
+    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
+        rows = self._targets[start:stop]
+        try:
+            rows = rows.compact().validate(self._vocab_size)
+        except (ValueError, RuntimeError) as error:
+            raise MemdecError(f"{self._path}: rows {start} to {stop}: {error}") from error
+        lengths = rows.indptr.diff()
+        owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+        sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, rows.probs.double())
+        wrong = torch.nonzero(((sums - 1).abs() > _SUM_TOLERANCE) & (lengths > 0))
+        if len(wrong):
+            first = int(wrong[0])
+            raise MemdecError(
+                f"{self._path}: a row must sum to 1 or be empty, row {start + first} sums to "
+                f"{sums[first]:.4f}"
+            )
+        yield rows
+
+
+def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
+    """The arrays of a user's file, memory-mapped, names and dtypes checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MemdecError(f"{path} cannot be read as safetensors: {error}") from error
+    for name, dtype in _FILE_DTYPES.items():
+        found = arrays[name].dtype if name in arrays else "no such array"
+        if found != dtype:
+            raise MemdecError(f"{path}: {name} must be {dtype}, got {found}")
+    return arrays

@@ -1,0 +1,256 @@
+"""Disk, memory and time of each stage of a build, by arithmetic.
+
+Disk is exact for tokens and keys, an upper bound for targets. Memory is weights, optimizer, indexes
+and the largest buffers. Time is floating-point operations over the rate of a matrix product measured
+here, times the share of it that such a stage reached where it was measured (docs/design.md): good
+to a factor of two or so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memdec.build import Step
+from memdec.errors import MemdecError
+
+_RESERVE = 1 << 30  # what the process needs before anything is loaded, and torch on a GPU
+# The share of the matrix product's rate that forward, training and search reach, by device.
+_REACHED = {"cpu": (0.8, 0.75, 0.65), "cuda": (0.16, 0.12, 0.5)}
+_CHARACTERS_A_SECOND = 2e6  # that a tokenizer reads
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token counts; estimated from a sample unless the tokens are there."""
+
+    train: int
+    held_out: int
+    characters: int
+    estimated: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counts of a model."""
+
+    parameters: int
+    layers: int
+    width: int
+    vocabulary: int
+
+    def of_layers(self, layers: int | None, in_layers: int) -> Shape:
+        """With only some of its layers, which have `in_layers` of its parameters."""
+        if layers is None or layers >= self.layers:
+            return self
+        less = in_layers * (self.layers - layers) // self.layers
+        return Shape(self.parameters - less, layers, self.width, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes free, and operations a second: "float32" and "bfloat16" on the device, and "host"."""
+
+    device: str
+    disk: int
+    memory: int
+    gpu_memory: int
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage needs: bytes it leaves, bytes while it runs, and seconds."""
+
+    stage: str
+    disk: int
+    memory: int
+    gpu_memory: int
+    seconds: float
+    working_disk: int = 0
+    note: str = ""
+
+
+def estimate(
+    steps: dict[str, Step], teacher: str, base: str, corpus: Corpus, machine: Machine
+) -> Iterator[Need]:
+    """The needs of each step of a build, in order."""
+    estimator = _Estimator(steps, teacher, base, corpus, machine)
+    for name, step in steps.items():
+        yield getattr(estimator, name)(step.config)
+
+
+class _Estimator:
+    def __init__(
+        self, steps: dict[str, Step], teacher: str, base: str, corpus: Corpus, machine: Machine
+    ) -> None:
+        self.corpus = corpus
+        self.machine = machine
+        self.teacher, in_layers = _shape(teacher)
+        self.base, _ = _shape(base)
+        self.forward, self.training, self.searched = _REACHED[machine.device]
+        train: Any = steps["train"].config
+        targets: Any = steps["targets"].config
+        self.student = self.teacher
+        if train.memory_init in ("teacher", "fresh"):
+            self.student = self.teacher.of_layers(train.memory_layers, in_layers)
+        else:
+            self.student = _shape(train.memory_init)[0]
+        store: Any = steps["datastore"].config if "datastore" in steps else None
+        self.store = store
+        self.block_size: int = store.block_size if store else targets.block_size or 1024
+
+    def prepare(self, config: Any) -> Need:
+        tokens = self.corpus.train + self.corpus.held_out
+        characters = self.corpus.characters
+        return Need("prepare", 4 * tokens, 2 * characters, 0, characters / _CHARACTERS_A_SECOND)
+
+    def adapt(self, config: Any, name: str = "adapt") -> Need:
+        model = self.teacher if name == "adapt" else self.base
+        return self._trained(name, model, config, config.block_size)
+
+    def control(self, config: Any) -> Need:
+        return self.adapt(config, "control")
+
+    def train(self, config: Any) -> Need:
+        return self._trained("train", self.student, config, self.block_size)
+
+    def datastore(self, config: Any) -> Need:
+        from memdec.data.index import EXACT, choose_index, index_cost
+
+        size, width = self.corpus.train, self.teacher.width
+        spec = choose_index(config.index, size, width)
+        index = 0 if spec == EXACT else index_cost(spec, size, width)[0]
+        if spec == EXACT and not config.keep_keys:
+            raise MemdecError(
+                f"datastore: {size:,} keys get the index {EXACT}, which needs them kept"
+            )
+        keys = 2 * size * width if config.keep_keys else 0
+        why = "asked for" if config.index != "auto" else f"{size:,} keys, exact up to a million"
+        passes = 2 if index and not config.keep_keys else 1  # one for the index's sample
+        tokens = config.batch_blocks * config.block_size
+        model = self._forward_bytes(self.teacher, config.dtype, tokens, logits=0)
+        return self._need(
+            "datastore",
+            disk=keys + 4 * size + index,
+            host=index + index // 4,
+            device=model,
+            seconds=passes * self._forward_seconds(self.teacher, size, config.dtype),
+            note=f"index {spec}: {why}",
+        )
+
+    def targets(self, config: Any) -> Need:
+        size = self.corpus.train
+        entries = {
+            "knn": config.k,
+            "teacher": config.top_m,
+            "mixture": config.k + config.top_m,
+            "file": self.teacher.vocabulary,
+        }[config.source]
+        entries = min(entries, config.max_entries or entries, self.teacher.vocabulary)
+        row = 8 * entries + 8 + 8 + 4 + (4 if config.max_entries or config.source != "knn" else 0)
+        seconds, host, device = 0.0, 0, 0
+        if self.store is not None:
+            seconds, host, device = self._searching(size)
+            if not self.store.keep_keys:
+                seconds += self._forward_seconds(self.teacher, size, self.store.dtype)
+        if config.source in ("teacher", "mixture"):
+            tokens = config.batch_blocks * self.block_size
+            seconds += self._forward_seconds(self.teacher, size, config.dtype)
+            device += self._forward_bytes(self.teacher, config.dtype, tokens, logits=tokens)
+        note = f"at most {entries} entries a row"
+        return self._need("targets", size * row, host, device, seconds, note=note)
+
+    def eval(self, config: Any) -> Need:
+        held_out = self.corpus.held_out
+        models = [self.base, self.student, *[self.teacher] * len(config.others)]
+        seconds = sum(self._forward_seconds(model, held_out, config.dtype) for model in models)
+        tokens = config.batch_blocks * config.block_size
+        device = self._forward_bytes(self.base, config.dtype, tokens, logits=tokens)
+        host = 0
+        if self.store is not None:
+            searching, host, searching_device = self._searching(held_out)
+            seconds += searching + self._forward_seconds(self.teacher, held_out, config.dtype)
+            device += searching_device
+        return self._need("eval", 4 * held_out * (len(models) + 2), host, device, seconds)
+
+    def _searching(self, queries: int) -> tuple[float, int, int]:
+        """Seconds, bytes on the host and bytes on the device of a search."""
+        from memdec.data.index import EXACT, choose_index, index_cost
+
+        assert self.store is not None
+        size, width = self.corpus.train, self.teacher.width
+        spec = choose_index(self.store.index, size, width)
+        if spec != EXACT:  # FAISS, on the CPU: the centroids, and the lists nearest to a query
+            host, lists = index_cost(spec, size, width)
+            share = min(self.store.nprobe / lists, 1.0) if lists else 1.0
+            operations = 2 * queries * (lists + size * share) * width
+            return operations / (self.searched * self.machine.rates["host"]), host, 0
+        if self.machine.device == "cuda":  # pairs of float16, three times the width
+            resident = min(6 * size * width, self.machine.gpu_memory // 2)
+            rate = self.searched * self.machine.rates["bfloat16"]
+            return 6 * queries * size * width / rate, 0, resident + (4 << 30)
+        rate = self.searched * self.machine.rates["float32"]
+        return 2 * queries * size * width / rate, 0, min(4 * size * width, 1 << 30) + (1 << 29)
+
+    def _trained(self, name: str, model: Shape, config: Any, block_size: int) -> Need:
+        """Weights, gradients and AdamW's two moments in float32; two checkpoints and the best."""
+        dtype = (
+            "float32" if config.dtype == "float32" or self.machine.device == "cpu" else "bfloat16"
+        )
+        tokens = config.batch_blocks * block_size
+        activations = tokens * (40 * model.layers * model.width + 12 * model.vocabulary)
+        rate = self.training * self.machine.rates[dtype]
+        trained = 6 * model.parameters * self.corpus.train * config.epochs / rate
+        validated = config.epochs * config.validations * self.corpus.held_out / 2
+        return self._need(
+            name,
+            disk=4 * model.parameters,
+            host=4 * model.parameters,
+            device=16 * model.parameters + activations,
+            seconds=trained + self._forward_seconds(model, round(validated), dtype),
+            working_disk=28 * model.parameters,
+        )
+
+    def _forward_bytes(self, model: Shape, dtype: str, tokens: int, logits: int) -> int:
+        bytes_a_weight = 4 if dtype == "float32" else 2
+        return bytes_a_weight * (
+            model.parameters + 12 * tokens * model.width + 2 * logits * model.vocabulary
+        )
+
+    def _forward_seconds(self, model: Shape, tokens: int, dtype: str) -> float:
+        rate = self.machine.rates["float32" if dtype == "float32" else "bfloat16"]
+        return 2 * model.parameters * tokens / (self.forward * rate)
+
+    def _need(
+        self,
+        stage: str,
+        disk: int,
+        host: int,
+        device: int,
+        seconds: float,
+        working_disk: int = 0,
+        note: str = "",
+    ) -> Need:
+        """`device` is the GPU's memory, or the host's where there is none."""
+        if self.machine.device == "cuda":
+            return Need(
+                stage, disk, host + _RESERVE, device + _RESERVE, seconds, working_disk, note
+            )
+        return Need(stage, disk, host + device + _RESERVE, 0, seconds, working_disk, note)
+
+
+def _shape(name: str) -> tuple[Shape, int]:
+    """A model's shape, and how many of its parameters are in its layers."""
+    from memdec.modeling.key_layer import find_blocks
+    from memdec.modeling.loading import load_shape
+
+    model = load_shape(name)
+    blocks = model.get_submodule(find_blocks(model))
+    config = model.config.get_text_config()
+    parameters = sum(weight.numel() for weight in model.parameters())
+    in_layers = sum(weight.numel() for weight in blocks.parameters())
+    layers = sum(1 for _ in blocks.children())
+    shape = Shape(parameters, layers, config.hidden_size, config.vocab_size)
+    return shape, in_layers

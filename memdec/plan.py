@@ -1,0 +1,199 @@
+"""``memdec plan``: what every stage of a build needs and whether it fits, before any of it starts."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from memdec.build import BuildConfig
+from memdec.build import plan as plan_steps
+from memdec.console import say
+from memdec.data.artefact import MANIFEST
+from memdec.errors import MemdecError
+from memdec.needs import Corpus, Machine, Need, estimate
+
+_SAMPLE_CHARACTERS = 1 << 20
+
+
+def plan(config: BuildConfig, out: Path) -> int:
+    """Prints what ``memdec build`` of the same options would need, and whether it fits.
+
+    Nothing is written and no weight is loaded. `out` is where the build would write; tokens that
+    are there already are counted, otherwise a sample of the corpus is tokenised.
+
+    Returns:
+        0 when everything fits, else 1: the command's exit status.
+
+    Raises:
+        MemdecError: a bad recipe, no such model or corpus, an index that FAISS does not know.
+    """
+    recipe = config.to_recipe()
+    steps = {step.name: step for step in plan_steps(recipe, out)}
+    machine = measure_machine(recipe.shared.get("device", "auto"), out)
+    corpus = count_tokens(steps["prepare"].config, out)
+    needs = list(estimate(steps, recipe.teacher or recipe.base, recipe.base, corpus, machine))
+    _print_table(needs, corpus, machine)
+    problems = list(misfits(needs, machine))
+    for problem in problems:
+        say(f"does not fit: {problem}")
+    if not problems:
+        say("fits")
+    return 1 if problems else 0
+
+
+def count_tokens(config: Any, out: Path) -> Corpus:
+    """Token counts of the finished stage prepare in `out`, or estimated from a sample of the text."""
+    from memdec.data.corpus import TokenCorpus
+    from memdec.data.documents import collect, read_corpus, read_dataset
+    from memdec.modeling.loading import load_tokenizer
+
+    if (out / "prepare" / MANIFEST).is_file():
+        splits = TokenCorpus.open(out / "prepare").artefact.manifest["splits"]
+        held_out = splits["validation"]["tokens"] + splits["test"]["tokens"]
+        return Corpus(splits["train"]["tokens"] - 1, held_out, 0, estimated=False)
+    if config.corpus is not None:
+        texts = read_corpus(config.corpus, config.documents, config.text_field)
+    else:
+        texts = read_dataset(config.dataset, config.dataset_subset, config.text_field)
+    documents = collect(texts, config.drop_repeated_paragraphs).texts
+    if not documents:
+        raise MemdecError(f"{config.corpus or config.dataset} has no text")
+    characters = sum(map(len, documents))
+    tokenizer = load_tokenizer(config.tokenizer)
+    sample: list[str] = []
+    for index in random.Random(0).sample(range(len(documents)), len(documents)):
+        sample.append(documents[index][:_SAMPLE_CHARACTERS])
+        if sum(map(len, sample)) >= _SAMPLE_CHARACTERS:
+            break
+    ids = tokenizer(sample, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    found = sum(len(row) for row in ids["input_ids"])
+    tokens = found * characters // sum(map(len, sample)) + len(documents)  # and separators
+    tokens = min(tokens, config.max_tokens or tokens)
+    held_out = round(tokens * (config.validation_fraction + config.test_fraction))
+    return Corpus(tokens - held_out, held_out, characters, estimated=True)
+
+
+def measure_machine(device: str, out: Path) -> Machine:
+    """Free disk where `out` will be, free memory, and the rate of a matrix product."""
+    import torch
+
+    from memdec.modeling.loading import pick_device
+
+    picked = pick_device(device)
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    gpu_memory = torch.cuda.mem_get_info(picked)[0] if picked.type == "cuda" else 0
+    rates = {name: _rate(picked, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return Machine(picked.type, shutil.disk_usage(existing).free, _free_memory(), gpu_memory, rates)
+
+
+def _free_memory() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
+    except (OSError, StopIteration):  # not Linux: all of it
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _rate(device: Any, dtype: Any) -> float:
+    """Operations a second of a square matrix product, the best of three."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds)
+
+
+def misfits(needs: list[Need], machine: Machine) -> Iterator[str]:
+    """What cannot fit, and what would; one line each."""
+    kept = 0
+    for need in needs:
+        if kept + need.disk + need.working_disk > machine.disk:
+            found = f"{need.stage} needs {_size(kept + need.disk + need.working_disk)} of disk"
+            yield f"{found} with the stages before it, {_size(machine.disk)} are free; {_less_disk(needs)}"
+            break
+        kept += need.disk
+    for need in needs:
+        for what, wanted, free in (
+            ("memory", need.memory, machine.memory),
+            ("GPU memory", need.gpu_memory, machine.gpu_memory),
+        ):
+            if wanted > free:
+                yield (
+                    f"{need.stage} needs {_size(wanted)} of {what}, {_size(free)} are free; "
+                    + _LESS_MEMORY[need.stage]
+                )
+
+
+_LESS_MEMORY = {
+    "prepare": "give less text (prepare.max_tokens)",
+    "datastore": "set a smaller datastore.batch_blocks, or an index of fewer bytes a key, "
+    "such as datastore.index=IVF4096,PQ64",
+    "targets": "set a smaller targets.batch_blocks, or an index of fewer bytes a key",
+    "eval": "set a smaller eval.batch_blocks",
+    **{
+        stage: f"set a smaller {stage}.batch_blocks or block_size, or take a smaller model"
+        for stage in ("adapt", "train", "control")
+    },
+}
+
+
+def _less_disk(needs: list[Need]) -> str:
+    largest = max(needs, key=lambda need: need.disk + need.working_disk).stage
+    return {
+        "datastore": "set datastore.keep_keys=false and an index such as IVF4096,PQ64",
+        "targets": "set targets.max_entries=32, or targets.source=teacher",
+    }.get(largest, f"most is {largest}'s: take a smaller model or more disk")
+
+
+def _print_table(needs: list[Need], corpus: Corpus, machine: Machine) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    known = "about " if corpus.estimated else ""
+    table = Table(
+        title=f"{known}{corpus.train:,} train and {corpus.held_out:,} held-out tokens",
+        caption=f"free: {_size(machine.disk)} of disk, {_size(machine.memory)} of memory, "
+        f"{_size(machine.gpu_memory)} of GPU memory; times are rough",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for header in ("disk", "while running", "memory", "GPU", "time"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    total = Need("all", sum(n.disk for n in needs), 0, 0, sum(n.seconds for n in needs))
+    for need in [*needs, total]:
+        sizes = (need.disk, need.working_disk, need.memory, need.gpu_memory)
+        table.add_row(
+            need.stage,
+            *(_size(size) if size else "" for size in sizes),
+            _duration(need.seconds),
+            need.note,
+        )
+    Console().print(table)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,189 @@
+"""memdec plan: its sizes are those of the real thing, and what cannot fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from memdec import plan as plan_module
+from memdec.build import BuildConfig
+from memdec.build import plan as plan_steps
+from memdec.errors import MemdecError
+from memdec.modeling.loading import load_shape
+from memdec.modeling.memory_init import initial_memory
+from memdec.needs import Corpus, Machine, Need, Shape, _shape, estimate
+from memdec.plan import count_tokens, misfits, plan
+
+needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no FAISS")
+
+GB = 10**9
+CPU = Machine("cpu", 10**12, 64 * GB, 0, {"float32": 1e11, "bfloat16": 1e11, "host": 1e11})
+GPU = Machine("cuda", 10**13, 10**12, 80 * GB, {"float32": 5e13, "bfloat16": 6e14, "host": 1e12})
+
+
+def config(tiny, *settings: str, **other) -> BuildConfig:
+    given = ("prepare.documents=line", "prepare.validation_fraction=0.15")
+    given += ("prepare.test_fraction=0.3", "targets.k=16", *settings)
+    return BuildConfig(
+        base=tiny.model, corpus=tiny.corpus, block_size=tiny.block_size, set=given, **other
+    )
+
+
+def needs(
+    tiny, *settings: str, corpus: Corpus | None = None, machine: Machine = CPU
+) -> dict[str, Need]:
+    recipe = config(tiny, *settings).to_recipe()
+    steps = {step.name: step for step in plan_steps(recipe, Path("out"))}
+    corpus = corpus or count_tokens(steps["prepare"].config, tiny.tokens.parent / "none")
+    return {n.stage: n for n in estimate(steps, tiny.model, tiny.model, corpus, machine)}
+
+
+def on_disk(path: Path, *kinds: str) -> int:
+    return sum(file.stat().st_size for kind in kinds for file in path.rglob(kind))
+
+
+def finished(tiny) -> Corpus:
+    from memdec.data.corpus import TokenCorpus
+
+    splits = TokenCorpus.open(tiny.tokens).artefact.manifest["splits"]
+    held_out = splits["validation"]["tokens"] + splits["test"]["tokens"]
+    return Corpus(splits["train"]["tokens"] - 1, held_out, 0, estimated=False)
+
+
+def test_tokens_are_estimated_from_the_text(tiny):
+    steps = plan_steps(config(tiny).to_recipe(), Path("out"))
+    found, real = count_tokens(steps[0].config, tiny.tokens.parent / "none"), finished(tiny)
+    assert found.estimated
+    assert found.train + found.held_out == pytest.approx(real.train + real.held_out, rel=0.02)
+    assert found.train == pytest.approx(real.train, rel=0.1)
+
+
+def test_tokens_that_are_there_are_counted(tiny, tmp_path):
+    (tmp_path / "prepare").symlink_to(tiny.tokens)
+    steps = plan_steps(config(tiny).to_recipe(), tmp_path)
+    assert count_tokens(steps[0].config, tmp_path) == finished(tiny)
+
+
+def test_the_disk_is_what_the_stages_write(tiny):
+    found = needs(tiny, corpus=finished(tiny))
+    header = 200
+    assert found["prepare"].disk == pytest.approx(
+        on_disk(tiny.tokens, "*-?????.npy"), abs=4 * header
+    )
+    written = on_disk(tiny.datastore, "*.npy")
+    assert found["datastore"].disk == pytest.approx(written, abs=2 * header)
+    written = on_disk(tiny.targets, "*.safetensors")
+    assert written - 1000 <= found["targets"].disk <= 6 * written
+
+
+@needs_faiss
+@pytest.mark.parametrize("spec", ["IVF8,SQfp16", "IVF16,PQ4x4", "IVF8,Flat"])
+def test_the_disk_of_an_index_and_no_keys(tiny, tmp_path, spec):
+    from memdec.data.datastore import DatastoreConfig, datastore
+
+    settings = {"index": spec, "keep_keys": False, "block_size": tiny.block_size, "device": "cpu"}
+    datastore(DatastoreConfig(model=tiny.model, tokens=tiny.tokens, **settings), tmp_path)
+    settings = (f"datastore.index={spec}", "datastore.keep_keys=false")
+    found = needs(tiny, *settings, corpus=finished(tiny))["datastore"].disk
+    written = on_disk(tmp_path, "index.faiss", "next_tokens.npy")
+    assert found == pytest.approx(written, rel=0.05, abs=2000)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_memory_of_fewer_layers(tiny, layers):
+    shape, in_layers = _shape(tiny.model)
+    memory = initial_memory(tiny.model, layers=layers)
+    found = shape.of_layers(layers, in_layers)
+    real = sum(weight.numel() for weight in memory.parameters())
+    assert found == Shape(real, layers, memory.config.hidden_size, memory.config.vocab_size)
+
+
+def test_a_shape_has_no_weights(tiny):
+    assert {weight.device for weight in load_shape(tiny.model).parameters()} == {
+        torch.device("meta")
+    }
+
+
+@needs_faiss
+def test_the_index_it_would_choose_and_why(tiny):
+    few = needs(tiny, corpus=Corpus(10**6, 10**4, 0, False))["datastore"]
+    many = needs(tiny, corpus=Corpus(10**7, 10**4, 0, False))["datastore"]
+    asked = needs(tiny, "datastore.index=IVF64,Flat", corpus=Corpus(10**6, 10**4, 0, False))
+    assert few.note == "index Flat: 1,000,000 keys, exact up to a million"
+    assert many.note == "index IVF16384,SQfp16: 10,000,000 keys, exact up to a million"
+    assert asked["datastore"].note == "index IVF64,Flat: asked for"
+
+
+def test_exact_search_costs_the_square_of_the_tokens(tiny):
+    once, twice = (
+        needs(tiny, corpus=Corpus(size, 100, 0, False))["targets"] for size in (250_000, 500_000)
+    )
+    assert twice.seconds == pytest.approx(4 * once.seconds, rel=0.01)
+    assert twice.disk == 2 * once.disk
+
+
+def test_a_gpu_takes_what_the_host_would(tiny):
+    corpus = Corpus(500_000, 100, 0, False)
+    host, gpu = (needs(tiny, corpus=corpus, machine=machine) for machine in (CPU, GPU))
+    for name in ("adapt", "datastore", "targets", "train"):
+        assert host[name].gpu_memory == 0
+        assert gpu[name].gpu_memory > gpu[name].memory or name == "datastore"
+        assert gpu[name].seconds < host[name].seconds
+
+
+def test_the_targets_of_the_teacher_need_no_search(tiny):
+    recipe = config(tiny, "targets.source=teacher", "targets.top_m=16", "targets.k=1024")
+    steps = {step.name: step for step in plan_steps(recipe.to_recipe(), Path("out"))}
+    corpus = Corpus(500_000, 100, 0, False)
+    found = {n.stage: n for n in estimate(steps, tiny.model, tiny.model, corpus, CPU)}
+    assert "datastore" not in found
+    assert found["targets"].note == "at most 16 entries a row"
+    assert found["targets"].seconds < needs(tiny, corpus=corpus)["targets"].seconds
+
+
+def test_what_cannot_fit(tiny):
+    found = list(needs(tiny, corpus=Corpus(10**6, 100, 0, False)).values())
+    assert list(misfits(found, CPU)) == []
+    (line,) = misfits(found, dataclasses.replace(CPU, disk=100_000_000))
+    assert re.fullmatch(
+        r"targets needs \d+\.\d MB of disk with the stages before it, 100\.0 MB are free; "
+        "set targets.max_entries=32, or targets.source=teacher",
+        line,
+    )
+    lines = list(misfits(found, dataclasses.replace(CPU, memory=GB)))
+    assert re.match(r"adapt needs 1\.\d GB of memory, 1\.0 GB are free; set a smaller", lines[0])
+    assert [text.split()[0] for text in lines] == ["adapt", "datastore", "targets", "train", "eval"]
+
+
+def test_gpu_memory_that_is_too_small(tiny):
+    machine = dataclasses.replace(GPU, gpu_memory=2 * GB)
+    found = needs(tiny, corpus=Corpus(500_000, 100, 0, False), machine=machine)
+    (line,) = (text for text in misfits(list(found.values()), machine) if "targets" in text)
+    assert "of GPU memory, 2.0 GB are free" in line
+
+
+def test_the_command(tiny, tmp_path, memdec, monkeypatch):
+    recipe = tmp_path / "given.yaml"
+    recipe.write_text("prepare: {documents: line}\ntargets: {k: 16}\nblock_size: 32\ndevice: cpu\n")
+    given = ["--base", tiny.model, "--corpus", tiny.corpus, "--recipe", recipe]
+    result = memdec("plan", *given, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "fits" in result.stderr
+    for stage in ("prepare", "adapt", "datastore", "targets", "train", "eval"):
+        assert stage in result.stdout
+    assert not (tmp_path / "out").exists()
+    small = dataclasses.replace(CPU, memory=10**6)
+    monkeypatch.setattr(plan_module, "measure_machine", lambda *_: small)
+    result = memdec("plan", *given, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "does not fit: adapt needs" in result.stderr
+
+
+def test_keys_that_an_exact_index_needs(tiny):
+    with pytest.raises(MemdecError, match="get the index Flat, which needs them kept"):
+        plan(config(tiny, "datastore.keep_keys=false", device="cpu"), Path("out"))
