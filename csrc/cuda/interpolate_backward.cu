@@ -2,7 +2,7 @@
 #include "common/kernels.h"
 #include "cuda/interpolate_weights.cuh"
 #include "cuda/launch.h"
-#include "cuda/row.cuh"
+#include "cuda/softmax_sum.cuh"
 
 namespace memdec::cuda {
 namespace {

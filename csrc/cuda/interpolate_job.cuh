@@ -76,8 +76,8 @@ struct MixtureRows {
     Pack<T> base[1] = {hopper::load_shared<uint4>(at)};
     Pack<T> memory[1] = {hopper::load_shared<uint4>(at + kStripeBytes)};
     if (!carry->memory.template whole<kPack<T>>(s)) {  // the base has no fewer columns
-      base[0].mask(carry->base, s);
-      memory[0].mask(carry->memory, s);
+      mask(&base[0], carry->base, s);
+      mask(&memory[0], carry->memory, s);
     }
     carry->base_sum.add(base, kLog2E);
     carry->memory_sum.add(memory, memory_scale());

@@ -182,66 +182,6 @@ __device__ inline void for_each_group(int n, int head, GroupBody&& group, Single
   for (int i = head + groups * kGroup + threadIdx.x; i < n; i += blockDim.x) single(i);
 }
 
-// Sum of exponentials in progress: `tail` leaves out the terms equal to the maximum, which `ties`
-// counts. In float32 those terms, each 1, would swallow the tail. NaN ends in `tail`.
-struct SoftmaxSum {
-  float max = -INFINITY;
-  float tail = 0.f;
-  float ties = 0.f;
-
-  __device__ void raise(float new_max, float scale) {
-    if (new_max > max) {
-      tail = (tail + ties) * fast_exp2((max - new_max) * scale);
-      ties = 0.f;
-      max = new_max;
-    }
-  }
-
-  // `scale` is log2(e) / temperature.
-  __device__ void add(float x, float scale) {
-    raise(x, scale);
-    add_below(x, scale);
-  }
-
-  // x is at most max, or NaN.
-  __device__ void add_below(float x, float scale) {
-    const bool tie = x == max;
-    const float term = fast_exp2((x - max) * scale);
-    tail += tie ? 0.f : term;
-    ties += tie ? 1.f : 0.f;
-  }
-
-  __device__ void add(const Group& group, float scale) {
-    float top = group.x[0];
-#pragma unroll
-    for (int i = 1; i < kGroup; ++i) top = fmaxf(top, group.x[i]);
-    raise(top, scale);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) add_below(group.x[i], scale);
-  }
-
-  __device__ void merge(const SoftmaxSum& other, float scale) {
-    SoftmaxSum low = other;
-    low.raise(max, scale);
-    raise(low.max, scale);
-    tail += low.tail;
-    ties += low.ties;
-  }
-
-  __device__ void put(float (&parts)[3]) const {
-    parts[0] = max;
-    parts[1] = tail;
-    parts[2] = ties;
-  }
-
-  __device__ static SoftmaxSum get(const float* parts) { return {parts[0], parts[1], parts[2]}; }
-
-  __device__ RowStats stats() const {
-    const float log_norm = isfinite(max) ? log1pf(tail + (ties - 1.f)) : NAN;
-    return {max, log_norm};
-  }
-};
-
 // Adds a value of every thread in a fixed order; every thread gets the sum. `shared` holds one
 // value a warp and may be used again after the call.
 template <typename T>
@@ -257,43 +197,6 @@ __device__ inline T block_sum(T value, T* shared) {
   T sum = 0;
   for (int i = 0; i < warps; ++i) sum += shared[i];
   return sum;
-}
-
-// The statistics of the first n logits of a row, in every thread of the block.
-template <typename T>
-__device__ inline RowStats row_stats(const T* row, int n, float inv_temperature) {
-  __shared__ float shared_max[kMaxWarps], shared_tail[kMaxWarps], shared_ties[kMaxWarps];
-  const float scale = inv_temperature * kLog2E;
-  SoftmaxSum sum;
-  for_each_group(
-      n, elements_to_alignment(row, n),
-      [&](int start) {
-        Group group;
-        group.load(row + start);
-        sum.add(group, scale);
-      },
-      [&](int i) { sum.add(to_float(row[i]), scale); });
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    SoftmaxSum other;
-    other.max = __shfl_xor_sync(0xffffffffu, sum.max, offset);
-    other.tail = __shfl_xor_sync(0xffffffffu, sum.tail, offset);
-    other.ties = __shfl_xor_sync(0xffffffffu, sum.ties, offset);
-    sum.merge(other, scale);
-  }
-  __syncthreads();  // the partials of an earlier row may still be read
-  if (threadIdx.x % kWarpSize == 0) {
-    const int warp = threadIdx.x / kWarpSize;
-    shared_max[warp] = sum.max;
-    shared_tail[warp] = sum.tail;
-    shared_ties[warp] = sum.ties;
-  }
-  __syncthreads();  // every warp's partial is written before any is read
-  SoftmaxSum total;
-  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarpSize; ++i) {
-    total.merge({shared_max[i], shared_tail[i], shared_ties[i]}, scale);
-  }
-  return total.stats();
 }
 
 __device__ inline float log_softmax(float x, RowStats stats, float inv_temperature) {

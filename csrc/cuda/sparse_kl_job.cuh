@@ -125,7 +125,7 @@ struct SparseKLJob {
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
         const int first = s + p * kColumns;
-        if (!carry->slice.template whole<kPack<T>>(first)) packs[p].mask(carry->slice, first);
+        if (!carry->slice.template whole<kPack<T>>(first)) mask(&packs[p], carry->slice, first);
       }
       carry->sum.add(packs, kLog2E);
     };
