@@ -2,9 +2,9 @@
 //
 // A block takes a row, 8 neighbours a thread: sort by (token, neighbour), add up equal tokens with
 // a segmented scan in a fixed order, sort what is left by (probability, token). The sorts are
-// bitonic networks: within a thread's registers, then by shuffles, and through shared memory only
-// where threads of different warps meet. Rows are then packed: a prefix sum of their lengths, and a
-// copy that also fills the unused slots.
+// bitonic networks of 32-bit keys where that is enough: within a thread's registers, then by
+// shuffles, and through shared memory only where threads of different warps meet. Rows are then
+// packed: a prefix sum of their lengths, and a copy that also fills the unused slots.
 #include "common/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/row.cuh"
@@ -15,7 +15,8 @@ namespace {
 constexpr int kMaxNeighbors = 4096;
 constexpr int kScanThreads = 1024;
 constexpr int kPackThreads = 128;
-constexpr int kItems = 8;                     // of a thread
+constexpr int64_t kFewRows = 2048;  // whose lengths every block of the copy adds up itself
+constexpr int kItems = 8;           // of a thread
 constexpr int kMinSize = kItems * kWarpSize;  // of a sort: whole warps
 constexpr uint64_t kNoKey = ~0ull;
 
@@ -41,23 +42,26 @@ __device__ void merge_items(Key (&keys)[kItems], bool ascending) {
 }
 
 // Ascending bitonic sort of `size` different keys, a power of two and at least kMinSize, by the
-// whole block: thread t holds keys 8 t to 8 t + 7. Threads behind hold none. `exchange` has room
-// for `size` keys.
+// whole block: thread t holds keys 8 t to 8 t + 7. Warps behind hold none and only wait. `exchange`
+// has room for `size` keys.
 template <typename Key>
 __device__ void sort_keys(Key (&keys)[kItems], int size, Key* exchange) {
   const int thread = threadIdx.x, first = thread * kItems;
   const int threads = size / kItems;
+  const bool holds_keys = thread < threads;
+  if (holds_keys) {
 #pragma unroll
-  for (int i = 0; i < kItems; i += 2) order(keys[i], keys[i + 1], !(i & 2));
+    for (int i = 0; i < kItems; i += 2) order(keys[i], keys[i + 1], !(i & 2));
 #pragma unroll
-  for (int half = 0; half < kItems; half += 4) {
-    const bool ascending = half == 0;
-    order(keys[half], keys[half + 2], ascending);
-    order(keys[half + 1], keys[half + 3], ascending);
-    order(keys[half], keys[half + 1], ascending);
-    order(keys[half + 2], keys[half + 3], ascending);
+    for (int half = 0; half < kItems; half += 4) {
+      const bool ascending = half == 0;
+      order(keys[half], keys[half + 2], ascending);
+      order(keys[half + 1], keys[half + 3], ascending);
+      order(keys[half], keys[half + 1], ascending);
+      order(keys[half + 2], keys[half + 3], ascending);
+    }
+    merge_items<4>(keys, !(first & 8));
   }
-  merge_items<4>(keys, !(first & 8));
 #pragma unroll 1
   for (int span = 2 * kItems; span <= size; span *= 2) {
     const bool ascending = !(first & span);
@@ -65,29 +69,23 @@ __device__ void sort_keys(Key (&keys)[kItems], int size, Key* exchange) {
     for (int stride = span / 2; stride >= kItems; stride /= 2) {
       const int other = stride / kItems;  // threads away
       const bool keep_low = !(thread & other) == ascending;
-      if (other < kWarpSize) {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const Key key = __shfl_xor_sync(0xffffffffu, keys[i], other);
-          if ((key < keys[i]) == keep_low) keys[i] = key;
-        }
-      } else {
+      if (other >= kWarpSize) {
         __syncthreads();  // `exchange` was read
-        if (thread < threads) {
+        if (holds_keys) {
 #pragma unroll
           for (int i = 0; i < kItems; ++i) exchange[i * threads + thread] = keys[i];
         }
         __syncthreads();  // every key of the step is written
-        if (thread < threads) {
+      }
+      if (!holds_keys) continue;
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) {
-            const Key key = exchange[i * threads + (thread ^ other)];
-            if ((key < keys[i]) == keep_low) keys[i] = key;
-          }
-        }
+      for (int i = 0; i < kItems; ++i) {
+        const Key key = other < kWarpSize ? __shfl_xor_sync(0xffffffffu, keys[i], other)
+                                          : exchange[i * threads + (thread ^ other)];
+        if ((key < keys[i]) == keep_low) keys[i] = key;
       }
     }
-    merge_items<4>(keys, ascending);
+    if (holds_keys) merge_items<4>(keys, ascending);
   }
   __syncthreads();  // `exchange` was read
 }
@@ -195,6 +193,49 @@ __device__ void sort_neighbors(int32_t (&tokens)[kItems], int (&neighbors)[kItem
   }
 }
 
+// Sorts `count` entries, ~probability above token, which are in the order of their tokens. By the
+// leading bits of the probability and the place: that leaves wrong only what differs in the bits
+// that did not fit, which is rare and found out. `exchange` has room for as many numbers.
+__device__ void sort_entries(uint64_t* entries, int count, int index_bits, uint32_t* exchange) {
+  constexpr int kProbBits = 30;  // of a float32 up to 1
+  constexpr uint32_t kNone = static_cast<uint32_t>(kNoKey);
+  const int size = power_of_two_from(count), first = threadIdx.x * kItems;
+  const uint32_t places = (1u << index_bits) - 1;
+  uint32_t keys[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    keys[i] = kNone;
+    if (first + i < count) {
+      const uint32_t falling = static_cast<uint32_t>(entries[first + i] >> 32) << (32 - kProbBits);
+      keys[i] = (falling & ~places) | (first + i);
+    }
+  }
+  sort_keys(keys, size, exchange);
+  uint64_t sorted[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    sorted[i] = first + i < count ? entries[keys[i] & places] : kNoKey;
+  }
+  __syncthreads();  // every entry was read
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (first + i < count) entries[first + i] = sorted[i];
+  }
+  __syncthreads();  // every entry is in its place
+  bool wrong = false;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    wrong = wrong || (first + i + 1 < count && entries[first + i] > entries[first + i + 1]);
+  }
+  if (!__syncthreads_or(wrong)) return;
+  sort_keys(sorted, size, entries);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (first + i < count) entries[first + i] = sorted[i];
+  }
+  __syncthreads();  // the sorted entries are visible to all
+}
+
 template <typename Distance, typename Token>
 __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
   extern __shared__ uint64_t keys[];                             // [size]
@@ -286,20 +327,7 @@ __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
     }
   }
   __syncthreads();  // every entry is written
-  const int entry_size = power_of_two_from(count);
-  uint64_t entry_keys[kItems];
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int e = threadIdx.x * kItems + i;
-    entry_keys[i] = e < count ? keys[e] : kNoKey;
-  }
-  sort_keys(entry_keys, entry_size, keys);
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int e = threadIdx.x * kItems + i;
-    if (e < count) keys[e] = entry_keys[i];
-  }
-  __syncthreads();  // the sorted entries are visible to all
+  sort_entries(keys, count, index_bits, reinterpret_cast<uint32_t*>(row_distances));
 
   const auto prob_of = [&](int i) {
     return __uint_as_float(~static_cast<uint32_t>(keys[i] >> 32));
@@ -352,16 +380,35 @@ __global__ void __launch_bounds__(kScanThreads) knn_scatter_scan_kernel(KnnScatt
 }
 
 // Copies a row to its place, and fills as many of the slots behind the last row as it left unused.
+// Of few rows, it makes indptr itself.
 __global__ void __launch_bounds__(kPackThreads) knn_scatter_pack_kernel(KnnScatterArgs args) {
+  __shared__ int64_t shared[kMaxWarps];
   const int64_t row = blockIdx.x;
-  const int64_t begin = args.indptr[row];
-  const int count = static_cast<int>(args.indptr[row + 1] - begin);
+  const int count = static_cast<int>(args.scratch_counts[row]);
+  int64_t begin, total;
+  if (args.rows > kFewRows) {
+    begin = args.indptr[row];
+    total = args.indptr[args.rows];
+  } else {
+    int64_t before = 0, all = 0;
+    for (int64_t i = threadIdx.x; i < args.rows; i += kPackThreads) {
+      const int64_t other = args.scratch_counts[i];
+      if (i < row) before += other;
+      all += other;
+    }
+    begin = block_sum(before, shared);
+    total = block_sum(all, shared);
+    if (threadIdx.x == 0) {
+      if (row == 0) args.indptr[0] = 0;
+      args.indptr[row + 1] = begin + count;
+    }
+  }
   const int64_t slots = args.row_slots;
   for (int i = threadIdx.x; i < count; i += kPackThreads) {
     args.token_ids[begin + i] = args.scratch_ids[row * slots + i];
     args.probs[begin + i] = args.scratch_probs[row * slots + i];
   }
-  const int64_t unused = args.indptr[args.rows] + (row * slots - begin);
+  const int64_t unused = total + (row * slots - begin);
   for (int64_t i = threadIdx.x; i < slots - count; i += kPackThreads) {
     args.token_ids[unused + i] = -1;
     args.probs[unused + i] = 0.f;
@@ -397,7 +444,9 @@ Status knn_scatter(const KnnScatterArgs& args, int device, void* stream) {
     });
     if (error != cudaSuccess) return status_of(error);
   }
-  knn_scatter_scan_kernel<<<1, kScanThreads, 0, cuda_stream>>>(args);
+  if (args.rows == 0 || args.rows > kFewRows) {
+    knn_scatter_scan_kernel<<<1, kScanThreads, 0, cuda_stream>>>(args);
+  }
   if (args.rows > 0) knn_scatter_pack_kernel<<<args.rows, kPackThreads, 0, cuda_stream>>>(args);
   return status_of(cudaGetLastError());
 }

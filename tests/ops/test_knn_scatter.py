@@ -89,6 +89,24 @@ def test_k_around_powers_of_two(k: int, device: str, implementation: str) -> Non
     assert_targets(knn_scatter(distances, tokens, temperature=3.0), distances, tokens, 3.0)
 
 
+@pytest.mark.parametrize("k", [200, 1024, 4096])
+def test_probabilities_that_differ_in_their_last_bits_are_in_order(
+    k: int, device: str, implementation: str
+) -> None:
+    """Falling tokens for rising distances, a few units in the last place apart: no order is chance."""
+    steps = torch.arange(k, device=device, dtype=torch.float32)
+    distances = (1 + steps * 2**-23).expand(2, k).contiguous()
+    tokens = torch.stack([k - 1 - steps, steps]).long()
+    assert_targets(knn_scatter(distances, tokens), distances, tokens)
+
+
+@pytest.mark.parametrize("rows", [2048, 2049, 5000])
+def test_many_rows(rows: int, device: str, implementation: str) -> None:
+    distances, tokens = random_neighbours(rows, 3, 4, device)
+    tokens[::3] = -1
+    assert_targets(knn_scatter(distances, tokens), distances, tokens)
+
+
 @pytest.mark.filterwarnings("ignore:knn_scatter has a CUDA kernel:RuntimeWarning")
 def test_k_above_4096(device: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA this is a documented fallback, so it is not for MEMDEC_REQUIRE_NATIVE=1."""
