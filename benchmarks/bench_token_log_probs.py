@@ -6,33 +6,38 @@ import torch
 
 from memdec import ops
 
-SHAPES = {"cuda": [(4096, 50257), (4096, 128256), (4096, 151936)], "cpu": [(64, 151936)]}
+SHAPES = {
+    "cuda": [(4096, 50257), (4096, 128256), (4096, 151936)],
+    "cpu": [(64, 151936)],
+}
 
 
-def eager(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def log_softmax_and_gather(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, labels[:, None])[:, 0]
 
 
-def test_token_log_probs(contest, device, shape, contender):
+def test_token_log_probs(contest, device, read_bandwidth, shape, contender):
+    rows, vocab = shape
     logits = torch.randn(shape, device=device).mul_(3).bfloat16()
-    labels = torch.randint(shape[1], shape[:1], device=device)
+    labels = torch.randint(vocab, (rows,), device=device)
     functions = {
-        "eager": eager,
-        "compiled": torch.compile(eager, dynamic=False),
+        "eager": log_softmax_and_gather,
+        "compiled": torch.compile(log_softmax_and_gather, dynamic=False),
         "memdec": ops.token_log_probs,
     }
-    function = functions[contender]
 
     def check(result: torch.Tensor) -> None:
-        truth = torch.log_softmax(logits[:64].double(), -1).gather(-1, labels[:64, None])[:, 0]
-        torch.testing.assert_close(result[:64].double(), truth, rtol=1e-5, atol=1e-5)
+        few = slice(0, 64)
+        truth = torch.log_softmax(logits[few].double(), -1).gather(-1, labels[few, None])[:, 0]
+        torch.testing.assert_close(result[few].double(), truth, rtol=1e-5, atol=1e-5)
 
     contest.run(
         op="token_log_probs",
-        case=f"bfloat16, {shape[0]} x {shape[1]:,}",
+        case=f"bfloat16, {rows} x {vocab:,}",
         contender=contender,
-        run=lambda: function(logits, labels),
+        run=lambda: functions[contender](logits, labels),
         check=check,
-        floor_bytes=logits.numel() * 2,
+        floor_bytes=logits.numel() * logits.element_size(),
         goal={"share": 0.90},
+        bandwidth=read_bandwidth,
     )

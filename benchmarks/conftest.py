@@ -74,6 +74,14 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / statistics.median(seconds)
 
 
+@pytest.fixture(scope="session")
+def read_bandwidth(device: str) -> float:
+    """Bytes a second of a large read: the sum of a vector of float32."""
+    source = torch.ones(2**28 if device == "cuda" else 2**26, device=device)
+    seconds = [_seconds(source.sum, device) for _ in range(20)]
+    return source.nbytes / statistics.median(seconds)
+
+
 def _seconds(run: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -125,6 +133,7 @@ class Contest:
         floor_bytes: int,
         another: Callable[[], Callable[[], Any]] | None = None,
         goal: dict[str, float] | None = None,
+        bandwidth: float | None = None,
     ) -> None:
         """Checks `run`'s result, then times it.
 
@@ -137,6 +146,7 @@ class Contest:
                 time their launch: on CUDA the time is then that of a graph of many such calls,
                 over more memory than the cache holds, divided by their number.
             goal: what memdec shall reach on CUDA: "share" of the floor, or "seconds".
+            bandwidth: what the floor's bytes move at; by default that of a copy.
         """
         check(run())
         flush = _flush_caches(self.device)
@@ -158,7 +168,7 @@ class Contest:
         extra.update(op=op, case=case, contender=contender, floor_bytes=floor_bytes)
         if self.device == "cuda" and contender == "memdec" and goal:
             extra["goal"] = goal
-        extra["copy_bandwidth"] = self.copy_bandwidth
+        extra["bandwidth"] = bandwidth or self.copy_bandwidth
 
         def once() -> None:
             run()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1e-4:
+        return f"{seconds * 1e6:.1f} µs"
     return f"{seconds * 1e3:.3f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
 
 
@@ -24,7 +26,7 @@ def table(path: Path) -> str:
     for bench in result["benchmarks"]:
         extra = bench["extra_info"]
         seconds = extra.get("device_seconds", bench["stats"]["median"])
-        share = extra["floor_bytes"] / extra["copy_bandwidth"] / seconds
+        share = extra["floor_bytes"] / extra["bandwidth"] / seconds
         memory = extra.get("peak_extra_bytes")
         cases.setdefault((extra["op"], extra["case"]), {})[extra["contender"]] = {
             "seconds": seconds,
@@ -49,7 +51,7 @@ def table(path: Path) -> str:
     for (op, case), found in cases.items():
         times = [_time(found[name]["seconds"]) if name in found else "" for name in used]
         ours = found.get("memdec")
-        share = f"{ours['share']:.2f}" if ours else ""
+        share = f"{ours['share']:.2f}" if ours and ours["share"] else ""
         gain = ""
         if ours and "eager" in found:
             gain = f"{found['eager']['seconds'] / ours['seconds']:.1f} x"

@@ -77,7 +77,7 @@ struct TokenLogProbsArgs {
   const int64_t* labels = nullptr;  // [rows]
   int64_t ignore_index = -100;
   float* out = nullptr;       // [rows]
-  RowStats* stats = nullptr;  // [rows]
+  RowStats* stats = nullptr;  // [rows] or null
 };
 
 struct TokenLogProbsBackwardArgs {

@@ -39,7 +39,7 @@ struct Forward {
                    : kNaN;
     }
     args.out[state.row] = static_cast<float>(result);
-    args.stats[state.row] = stats;
+    if (args.stats != nullptr) args.stats[state.row] = stats;
   }
 
   void write(const Row&, int64_t, int64_t) const {}

@@ -1,7 +1,7 @@
 // token_log_probs: log-softmax at one label a row, without a rows x vocabulary result.
 #include "common/kernels.h"
 #include "cuda/launch.h"
-#include "cuda/row.cuh"
+#include "cuda/softmax_sum.cuh"
 
 namespace memdec::cuda {
 namespace {
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) token_log_probs_kernel(TokenLogProbs
   if (label == args.ignore_index) {
     if (threadIdx.x == 0) {
       args.out[row] = 0.f;
-      args.stats[row] = {0.f, 0.f};
+      if (args.stats) args.stats[row] = {0.f, 0.f};
     }
     return;
   }
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) token_log_probs_kernel(TokenLogProbs
   if (threadIdx.x == 0) {
     const bool in_range = label >= 0 && label < args.vocab;
     args.out[row] = in_range ? log_softmax(to_float(logits[label]), stats, 1.f) : NAN;
-    args.stats[row] = stats;
+    if (args.stats) args.stats[row] = stats;
   }
 }
 

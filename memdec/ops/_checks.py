@@ -15,7 +15,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_logits(name: str, logits: Tensor) -> None:
     """Logits are `[..., vocabulary]`, float32, bfloat16 or float16, last dimension contiguous."""
     check_matrix(name, logits)
-    if logits.shape[-1] == 0:
+    if logits.numel() == 0 and logits.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column, got shape {_shape(logits)}")
 
 
@@ -25,9 +25,10 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FL
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {_names(dtypes)}, got {_name(tensor.dtype)}")
-    if tensor.dim() == 0:
+    stride = tensor.stride()
+    if not stride:
         raise ValueError(f"{name} must have at least one dimension, got a 0-dim tensor")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
+    if stride[-1] != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got stride {tensor.stride(-1)} "
             "there: call .contiguous() first"

@@ -20,8 +20,11 @@ def register(
 ) -> Any:
     """Defines `memdec::<schema>` and returns the op.
 
-    Without `backward`, a functional op refuses to be differentiated; one that writes into an
-    argument (`Tensor(a!)`) has no gradient at all, and its caller must see to that.
+    Without `backward`, the gradient of a gradient (`*_backward`) is refused. Other ops without one,
+    as those that write into an argument (`Tensor(a!)`), must not meet what requires grad.
+
+    An op with a gradient costs the host more than a kernel's launch even where nothing is recorded:
+    callers that need none take the one that writes into their own tensors.
     """
     name = f"memdec::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
@@ -30,7 +33,7 @@ def register(
     torch.library.register_fake(name, fake)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context)
-    elif "!" not in schema:
+    elif name.endswith("_backward"):
         torch.library.register_autograd(name, _refuse(name))
     return getattr(torch.ops.memdec, name.removeprefix("memdec::")).default
 
@@ -44,21 +47,11 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an op on these tensors."""
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
-
-
-def call(op: Any, *arguments: Any, differentiated: bool) -> Any:
-    """Calls a registered op; below autograd when no gradient is needed.
-
-    The wrapper that torch puts around an op with a Python gradient costs the host more than a
-    kernel's launch, even where it has nothing to record.
-    """
-    if differentiated or torch.compiler.is_compiling():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def is_traced(tensor: Tensor) -> bool:

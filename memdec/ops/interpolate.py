@@ -9,7 +9,7 @@ from torch import Tensor
 from memdec import _native
 from memdec.environment import environment
 from memdec.ops import _checks, _reference
-from memdec.ops._registration import call, needs_gradient, register
+from memdec.ops._registration import needs_gradient, register
 from memdec.ops._rows import collapse, empty_like, overlaps_itself, rows_view, share_memory
 
 
@@ -63,7 +63,10 @@ def fused_interpolate(
     _checks.check_logits("base_logits", base_logits)
     _checks.check_logits("memory_logits", memory_logits)
     _checks.check_device("memory_logits", memory_logits, base_logits)
-    if memory_logits.shape[:-1] != base_logits.shape[:-1]:
+    if (
+        memory_logits.shape != base_logits.shape
+        and memory_logits.shape[:-1] != base_logits.shape[:-1]
+    ):
         raise ValueError(
             f"memory_logits must have the leading shape of base_logits, "
             f"{tuple(base_logits.shape[:-1])}, got {tuple(memory_logits.shape[:-1])}"
@@ -80,10 +83,12 @@ def fused_interpolate(
     if out_dtype not in _checks.FLOAT_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
     inputs = _Inputs(base_logits, memory_logits, lmbda, lmbda_rows, memory_temperature, vocab_size)
-    if out is None:
-        differentiated = needs_gradient(base_logits, memory_logits, lmbda_rows)
-        return call(_op, *inputs, out_dtype, differentiated=differentiated)[0]
-    _check_out(out, out_dtype, base_logits, memory_logits, lmbda_rows)
+    if out is not None:
+        _check_out(out, out_dtype, base_logits, memory_logits, lmbda_rows)
+    elif torch.compiler.is_compiling() or needs_gradient(base_logits, memory_logits, lmbda_rows):
+        return _op(*inputs, out_dtype)[0]
+    else:
+        out = empty_like(base_logits, out_dtype)
     _out_op(*inputs, out)
     return out
 
@@ -226,11 +231,12 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _interpolate_out(*arguments: Any) -> None:
     *inputs, out = arguments
     # Memory that cannot be described to a kernel by two strides is filled by a copy.
-    target = out if collapse(out) is not None else out.new_empty(out.shape)
+    target = out if out.dim() == 2 or collapse(out) is not None else out.new_empty(out.shape)
     _interpolate_into(_Inputs(*inputs), target, None)
     if target is not out:
         out.copy_(target)
-    torch.autograd.graph.increment_version(out)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _interpolate_into(inputs: _Inputs, out: Tensor, stats: Tensor | None) -> None:

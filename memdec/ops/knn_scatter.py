@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memdec import _native
 from memdec.ops import _checks, _reference
-from memdec.ops._registration import call, register
+from memdec.ops._registration import register
 from memdec.ops._rows import DTYPE_CODES
 from memdec.ops.sparse_targets import SparseTargets
 
@@ -66,9 +66,7 @@ def knn_scatter(
         row_slots = min(row_slots, max_entries)
     if distances.requires_grad:
         distances = distances.detach()
-    indptr, token_ids, probs, dropped_mass = call(
-        _op, distances, neighbor_tokens, temperature, row_slots, differentiated=False
-    )
+    indptr, token_ids, probs, dropped_mass = _op(distances, neighbor_tokens, temperature, row_slots)
     return SparseTargets(indptr, token_ids, probs, None if max_entries is None else dropped_mass)
 
 
@@ -137,9 +135,9 @@ def _knn_scatter(
         _reference_into(distances, tokens, temperature, row_slots, outputs)
         return outputs
     slots = rows * row_slots
-    scratch_ids = torch.empty(slots, dtype=torch.int32, device=device)
-    scratch_probs = torch.empty(slots, dtype=torch.float32, device=device)
-    scratch_counts = torch.empty(rows, dtype=torch.int64, device=device)
+    # A length a row, int64, then ids and probabilities, 4 bytes each.
+    scratch = indptr.new_empty(rows + slots)
+    lengths = scratch.data_ptr()
     kernels.knn_scatter(
         *_native.launch_on(device),
         rows,
@@ -156,9 +154,9 @@ def _knn_scatter(
         token_ids.data_ptr(),
         probs.data_ptr(),
         dropped_mass.data_ptr(),
-        scratch_ids.data_ptr(),
-        scratch_probs.data_ptr(),
-        scratch_counts.data_ptr(),
+        lengths + 8 * rows,
+        lengths + 8 * rows + 4 * slots,
+        lengths,
     )
     return outputs
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memdec.ops import _checks
-from memdec.ops._registration import call, is_traced, needs_gradient, register
+from memdec.ops._registration import is_traced, needs_gradient, register
 from memdec.ops._rows import empty_like
 from memdec.ops.sparse_kl import (
     REDUCTIONS,
@@ -16,7 +16,6 @@ from memdec.ops.sparse_kl import (
     SparseKLOutput,
     backward_into,
     check_loss,
-    check_values,
     counted_rows,
     forward_into,
     reference_sparse_kl,
@@ -105,8 +104,7 @@ def linear_sparse_kl_loss(
         in_forward and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     ]
-    loss, kl, ce, *_ = call(
-        _op,
+    loss, kl, ce, *_ = _op(
         hidden,
         weight,
         bias,
@@ -121,7 +119,6 @@ def linear_sparse_kl_loss(
         vocab_size,
         chunk_rows,
         wanted,
-        differentiated=differentiated,
     )
     return SparseKLOutput(loss, kl, ce)
 
@@ -327,7 +324,6 @@ def _linear_sparse_kl(
     unless it is `wanted`.
     """
     inputs = SparseKLInputs(hidden, indptr, token_ids, probs, labels, alpha, ignore_index)
-    check_values(inputs, vocab_size)
     loss, kl, ce, stats, scale = _empty_values(hidden, reduction)
     if REDUCTIONS[reduction] == "mean" and normalizer is None:  # of all rows, not of a chunk's
         normalizer = counted_rows(indptr, labels, ignore_index).sum().float()
@@ -341,7 +337,8 @@ def _linear_sparse_kl(
         else:
             values = list(parts[:3, number])
         forward_into(
-            [*values, stats.view(-1, 2)[chunk], scale if scale.numel() == 0 else parts[3, number]],
+            values,
+            (stats.view(-1, 2)[chunk], scale if scale.numel() == 0 else parts[3, number]),
             logits if any(wanted) else None,
             _rows_of(inputs, chunk, logits),
             reduction,

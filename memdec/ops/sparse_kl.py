@@ -10,7 +10,7 @@ from torch import Tensor
 from memdec import _native
 from memdec.environment import environment
 from memdec.ops import _checks, _reference
-from memdec.ops._registration import call, is_traced, needs_gradient, register
+from memdec.ops._registration import is_traced, needs_gradient, register
 from memdec.ops._rows import collapse, empty_like, overlaps_itself, rows_view
 from memdec.ops.sparse_targets import SparseTargets, check_targets, check_token_values
 from memdec.ops.token_log_probs import check_label_values
@@ -90,15 +90,7 @@ def sparse_kl_loss(
     _checks.check_logits("logits", logits)
     divisor = check_loss(logits, targets, labels, alpha, reduction, ignore_index, normalizer)
     vocab_size = _checks.check_vocab_size(vocab_size, logits.shape[-1])
-    differentiated = needs_gradient(logits)
-    with_gradient = (
-        differentiated
-        and reduction != "none"
-        and logits.dtype != torch.float16  # would underflow before a loss scale arrives
-        and not inplace_backward
-    )
-    loss, kl, ce, *_ = call(
-        _op,
+    inputs = SparseKLInputs(
         logits,
         targets.indptr,
         targets.token_ids,
@@ -106,13 +98,21 @@ def sparse_kl_loss(
         labels,
         alpha,
         ignore_index,
-        REDUCTIONS.index(reduction),
-        divisor,
-        vocab_size,
-        with_gradient,
-        inplace_backward and not torch.compiler.is_compiling(),
-        differentiated=differentiated,
     )
+    settings = REDUCTIONS.index(reduction), divisor, vocab_size
+    differentiated = needs_gradient(logits)
+    if not differentiated and not torch.compiler.is_compiling():
+        values = _empty_values(logits, reduction == "none")
+        _out_op(*inputs, *settings, *values)
+        return SparseKLOutput(*values)
+    with_gradient = (
+        differentiated
+        and reduction != "none"
+        and logits.dtype != torch.float16  # would underflow before a loss scale arrives
+        and not inplace_backward
+    )
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    loss, kl, ce, *_ = _op(*inputs, *settings, with_gradient, inplace)
     return SparseKLOutput(loss, kl, ce)
 
 
@@ -267,22 +267,15 @@ def _sparse_kl(*arguments: Any) -> tuple[Tensor, ...]:
     the kernel has the row at hand; else an empty tensor.
     """
     inputs = SparseKLInputs(*arguments[:7])
-    reduction, normalizer, vocab_size, with_gradient, _ = arguments[7:]
-    outputs = loss, kl, ce, _, scale, gradient = _fake(*arguments)
-    check_values(inputs, vocab_size)
-    if math.prod(inputs.logits.shape[:-1]) == 0:
-        for value in (loss, kl, ce, scale):
-            value.zero_()
-    else:
-        forward_into(
-            outputs[:5],
-            gradient if with_gradient else None,
-            inputs,
-            reduction,
-            normalizer,
-            vocab_size,
-        )
+    *settings, with_gradient, _ = arguments[7:]
+    outputs = *values, stats, scale, gradient = _fake(*arguments)
+    forward_into(values, (stats, scale), gradient if with_gradient else None, inputs, *settings)
     return outputs
+
+
+def _sparse_kl_out(*arguments: Any) -> None:
+    """Loss, kl and ce alone, into the last three arguments."""
+    forward_into(arguments[10:], None, None, SparseKLInputs(*arguments[:7]), *arguments[7:10])
 
 
 def check_values(inputs: SparseKLInputs, vocab_size: int) -> None:
@@ -294,35 +287,47 @@ def check_values(inputs: SparseKLInputs, vocab_size: int) -> None:
 
 
 def forward_into(
-    outputs: Sequence[Tensor],
+    values: Sequence[Tensor],
+    saved: tuple[Tensor, Tensor] | None,
     gradient: Tensor | None,
     inputs: SparseKLInputs,
     reduction: int,
     normalizer: Tensor | None,
     vocab_size: int,
 ) -> None:
-    """Writes loss, kl, ce, stats and scale of one or more rows to `outputs`, as `_fake` shapes them.
+    """Writes loss, kl and ce to `values`, and what backward needs, stats and scale, to `saved`.
 
-    And to `gradient`, which may be the logits themselves, the gradient of a reduced loss.
+    All are as `_fake` shapes them. And to `gradient`, which may be the logits themselves, the
+    gradient of a reduced loss; it comes with `saved`.
     """
-    loss, kl, ce, stats, scale = outputs
-    rows = stats.numel() // 2
+    check_values(inputs, vocab_size)
     logits, _, token_ids, _, _, alpha, ignore_index = inputs
+    rows = inputs.indptr.shape[0] - 1
+    if rows == 0:
+        for value in (*values, *(saved or ())):
+            value.zero_()
+        return
     kernels = _native.kernels_for(logits.device.type)
     if kernels is None:
-        _reference_into(inputs, reduction, normalizer, vocab_size, outputs)
-        if gradient is not None:
+        _reference_into(inputs, reduction, normalizer, vocab_size, values, saved)
+        if gradient is not None and saved is not None:
             one = torch.ones((), device=logits.device)
-            backward_into(gradient, one, *inputs, vocab_size, stats, scale)
+            backward_into(gradient, one, *inputs, vocab_size, *saved)
         return
     logits, view = rows_view(logits)
     indptr, token_ids, probs, labels = _contiguous(inputs)
+    addresses = [value.data_ptr() for value in values]
+    # Row statistics, scale and the rows' values, where nobody else keeps them.
+    scratch = values[0].new_empty(5 * rows + 1)
+    stats, scale = scratch.data_ptr(), scratch.data_ptr() + 8 * rows
+    rest = scale + 4
+    if saved is not None:
+        stats, scale = saved[0].data_ptr(), saved[1].data_ptr()
     if REDUCTIONS[reduction] == "none":
-        row_values = [loss, kl, ce]
-        reduced = [0, 0, 0, 0]
+        row_values, reduced = addresses, [0, 0, 0, 0]
     else:
-        row_values = list(torch.empty(3, rows, dtype=torch.float32, device=logits.device))
-        reduced = [value.data_ptr() for value in (loss, kl, ce, scale)]
+        row_values = [rest + 4 * rows * i for i in range(3)]
+        reduced = [*addresses, scale]
     kernels.sparse_kl(
         *_native.launch_on(logits.device),
         rows,
@@ -337,29 +342,29 @@ def forward_into(
         ignore_index,
         reduction,
         0 if normalizer is None else normalizer.data_ptr(),
-        *(value.data_ptr() for value in row_values),
-        stats.data_ptr(),
+        *row_values,
+        stats,
         *reduced,
         None if gradient is None else rows_view(gradient)[1],
     )
 
 
+def _empty_values(logits: Tensor, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for loss, kl and ce."""
+    shape = logits.shape[:-1] if by_row else ()
+    loss = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
+
+
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     logits, reduction, with_gradient = arguments[0], arguments[7], arguments[10]
-    lead = logits.shape[:-1]
     by_row = REDUCTIONS[reduction] == "none"
-
-    def empty(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=logits.device)
-
-    shape = lead if by_row else ()
-    # For "none" the last output has no value: every d loss / d row loss is 1.
+    values = _empty_values(logits, by_row)
+    # For "none" the scale has no value: every d loss / d row loss is 1.
     return (
-        empty(shape),
-        empty(shape),
-        empty(shape),
-        empty((*lead, 2)),
-        empty((0,) if by_row else ()),
+        *values,
+        values[0].new_empty((*logits.shape[:-1], 2)),
+        values[0].new_empty((0,) if by_row else ()),
         empty_like(logits, logits.dtype) if with_gradient else logits.new_empty(0),
     )
 
@@ -369,12 +374,14 @@ def _reference_into(
     reduction: int,
     normalizer: Tensor | None,
     vocab_size: int,
-    outputs: Sequence[Tensor],
+    values: Sequence[Tensor],
+    saved: tuple[Tensor, Tensor] | None,
 ) -> None:
-    *values, stats, scale = outputs
+    device = values[0].device
+    stats, scale = saved or (torch.empty(0, device=device), torch.empty((), device=device))
     stats.zero_()  # the reference's backward works without them
-    rows = stats.numel() // 2
-    row_values = torch.empty(3, rows, dtype=torch.float64, device=stats.device)
+    rows = inputs.indptr.shape[0] - 1
+    row_values = torch.empty(3, rows, dtype=torch.float64, device=device)
     for chunk, part in _chunks(inputs, rows):
         row_values[:, chunk] = torch.stack(reference_sparse_kl(*part, vocab_size))
     if REDUCTIONS[reduction] == "none":
@@ -573,4 +580,10 @@ _op = register(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_out_op = register(
+    f"sparse_kl_out({_INPUTS}, int reduction, Tensor? normalizer, SymInt vocab_size, "
+    "Tensor(a!) loss, Tensor(b!) kl, Tensor(c!) ce) -> ()",
+    _sparse_kl_out,
+    lambda *arguments: None,
 )

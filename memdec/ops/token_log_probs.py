@@ -9,7 +9,7 @@ from torch import Tensor
 from memdec import _native
 from memdec.environment import environment
 from memdec.ops import _checks, _reference
-from memdec.ops._registration import call, needs_gradient, register
+from memdec.ops._registration import needs_gradient, register
 from memdec.ops._rows import empty_like, rows_view
 
 
@@ -47,8 +47,12 @@ def token_log_probs(
     _checks.check_labels(labels, logits)
     vocab_size = _checks.check_vocab_size(vocab_size, logits.shape[-1])
     _checks.check_int("ignore_index", ignore_index)
-    differentiated = needs_gradient(logits)
-    return call(_op, logits, labels, vocab_size, ignore_index, differentiated=differentiated)[0]
+    inputs = logits, labels, vocab_size, ignore_index
+    if torch.compiler.is_compiling() or needs_gradient(logits):
+        return _op(*inputs)[0]
+    out = empty_like(labels, torch.float32)
+    _out_op(*inputs, out)
+    return out
 
 
 # ---- reference ----
@@ -87,11 +91,23 @@ def _token_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """The result and, for the backward kernel, the maximum and the log-norm of each row."""
     out, stats = _fake(logits, labels, vocab_size, ignore_index)
+    _token_log_probs_into(logits, labels, vocab_size, ignore_index, out, stats)
+    return out, stats
+
+
+def _token_log_probs_into(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    out: Tensor,
+    stats: Tensor | None = None,
+) -> None:
     if environment.check_values:
         check_label_values(labels, vocab_size, ignore_index)
     rows = out.numel()
     if rows == 0:
-        return out, stats
+        return
     kernels = _native.kernels_for(logits.device.type)
     if kernels is None:
         flat_logits, flat_labels = logits.reshape(rows, -1), labels.reshape(rows)
@@ -99,8 +115,9 @@ def _token_log_probs(
             out.view(rows)[chunk] = reference_token_log_probs(
                 flat_logits[chunk], flat_labels[chunk], vocab_size, ignore_index
             )
-        stats.zero_()  # the reference's backward works without them
-        return out, stats
+        if stats is not None:
+            stats.zero_()  # the reference's backward works without them
+        return
     logits, view = rows_view(logits)
     labels = labels.to(torch.int64).contiguous()
     kernels.token_log_probs(
@@ -111,9 +128,8 @@ def _token_log_probs(
         labels.data_ptr(),
         ignore_index,
         out.data_ptr(),
-        stats.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
     )
-    return out, stats
 
 
 def _fake(
@@ -198,4 +214,10 @@ _op = register(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_out_op = register(
+    "token_log_probs_out(Tensor logits, Tensor labels, SymInt vocab_size, int ignore_index, "
+    "Tensor(a!) out) -> ()",
+    _token_log_probs_into,
+    lambda *arguments: None,
 )

@@ -411,9 +411,9 @@ def test_no_chunk_is_longer_than_asked_for(monkeypatch: pytest.MonkeyPatch, devi
     seen = []
     inner = linear_sparse_kl.forward_into
 
-    def forward_into(outputs: Any, gradient: Tensor, inputs: Any, *rest: Any) -> None:
+    def forward_into(values: Any, saved: Any, gradient: Tensor, inputs: Any, *rest: Any) -> None:
         seen.append((inputs.logits.shape, inputs.logits.data_ptr(), gradient.data_ptr()))
-        inner(outputs, gradient, inputs, *rest)
+        inner(values, saved, gradient, inputs, *rest)
 
     monkeypatch.setattr(linear_sparse_kl, "forward_into", forward_into)
     Case(device).fused(chunk_rows=4)

@@ -787,6 +787,19 @@ def test_opcheck(reduction: int, device: str, implementation: str) -> None:
     loss, _, _, stats, scale, _ = op(*arguments, reduction, divisor, 17, False, False)
     backward = torch.ops.memdec.sparse_kl_backward
     torch.library.opcheck(backward, (loss, *arguments, 17, stats, scale))
+    values = [torch.full_like(loss, torch.nan) for _ in range(3)]
+    out = torch.ops.memdec.sparse_kl_out
+    torch.library.opcheck(out, (*arguments, reduction, divisor, 17, *values))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_same_with_and_without_grad(reduction: str, device: str, implementation: str) -> None:
+    """They are two registered ops."""
+    logits, targets, labels = random_case((2, 3, 17), device, torch.bfloat16)
+    options = {"labels": labels, "reduction": reduction}
+    with_grad = sparse_kl_loss(logits.clone().requires_grad_(), targets, **options)
+    for value, expected in zip(sparse_kl_loss(logits, targets, **options), with_grad, strict=True):
+        assert torch.equal(value, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

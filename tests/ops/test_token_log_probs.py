@@ -292,6 +292,16 @@ def test_opcheck(device: str, implementation: str) -> None:
     out, stats = op(logits, labels, 17, -100)
     backward = torch.ops.memdec.token_log_probs_backward
     torch.library.opcheck(backward, (out, logits, labels, 17, -100, stats))
+    written = torch.full_like(out, torch.nan)
+    torch.library.opcheck(torch.ops.memdec.token_log_probs_out, (logits, labels, 17, -100, written))
+
+
+def test_the_same_with_and_without_grad(device: str, implementation: str) -> None:
+    """They are two registered ops."""
+    logits, labels = random_case((2, 3, 17), device, torch.bfloat16)
+    labels[0, 1] = -100
+    with_grad = token_log_probs(logits.clone().requires_grad_(), labels)
+    assert torch.equal(token_log_probs(logits, labels), with_grad)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,0 +1,65 @@
+"""Host time of a call on one short row, without grad, against torch.log_softmax in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from memdec import ops
+
+CALLS = 200  # in a row: fewer than a CUDA stream queues up before the host has to wait
+COLUMNS = 64
+# What the op returns beside its first tensor.
+FURTHER_OUTPUTS = {
+    "fused_interpolate": 0,
+    "token_log_probs": 0,
+    "knn_scatter": 3,
+    "sparse_kl_loss": 2,
+}
+
+
+def host_seconds(call: Callable[[], Any], device: str) -> float:
+    """Median host time of a call; what it launches is waited for outside of the clock."""
+    seconds = []
+    for _ in range(15):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        seconds.append((time.perf_counter() - begin) / CALLS)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return statistics.median(seconds[2:])
+
+
+@pytest.mark.parametrize("op", FURTHER_OUTPUTS)
+def test_host_time(benchmark, device, copy_bandwidth, op):
+    base, memory = torch.randn(2, 1, COLUMNS, device=device)
+    labels = torch.tensor([3], device=device)
+    distances = torch.rand(1, 8, device=device)
+    tokens = torch.randint(COLUMNS, (1, 8), device=device)
+    targets = ops.knn_scatter(distances, tokens)
+    calls = {
+        "fused_interpolate": lambda: ops.fused_interpolate(base, memory, 0.3),
+        "token_log_probs": lambda: ops.token_log_probs(base, labels),
+        "knn_scatter": lambda: ops.knn_scatter(distances, tokens),
+        "sparse_kl_loss": lambda: ops.sparse_kl_loss(base, targets, labels),
+    }
+    log_softmax = host_seconds(lambda: torch.log_softmax(base, -1), device)
+    empty = host_seconds(lambda: torch.empty(1, device=device), device)
+    goal = 2.5 * log_softmax + FURTHER_OUTPUTS[op] * empty
+    benchmark.extra_info.update(
+        op="host time, one row of 64, no grad",
+        case=op,
+        contender="memdec",
+        device_seconds=host_seconds(calls[op], device),
+        floor_bytes=0,
+        bandwidth=copy_bandwidth,
+        goal={"seconds": goal},
+        log_softmax_seconds=log_softmax,
+    )
+    benchmark.pedantic(calls[op], rounds=20, warmup_rounds=1)
