@@ -15,6 +15,7 @@ namespace {
 constexpr int kMaxNeighbors = 4096;
 constexpr int kScanThreads = 1024;
 constexpr int kPackThreads = 128;
+constexpr int kWord = 4;            // values that the copy fills at a time
 constexpr int64_t kFewRows = 2048;  // whose lengths every block of the copy adds up itself
 constexpr int kItems = 8;           // of a thread
 constexpr int kMinSize = kItems * kWarpSize;  // of a sort: whole warps
@@ -41,6 +42,21 @@ __device__ void merge_items(Key (&keys)[kItems], bool ascending) {
   }
 }
 
+// The last steps of a merge, within a warp: between keys kDistance threads apart, then closer.
+template <int kDistance, typename Key>
+__device__ void merge_warp(Key (&keys)[kItems], bool ascending) {
+#pragma unroll
+  for (int distance = kDistance; distance > 0; distance /= 2) {
+    const bool keep_low = !(threadIdx.x & distance) == ascending;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const Key key = __shfl_xor_sync(0xffffffffu, keys[i], distance);
+      if ((key < keys[i]) == keep_low) keys[i] = key;
+    }
+  }
+  merge_items<4>(keys, ascending);
+}
+
 // Ascending bitonic sort of `size` different keys, a power of two and at least kMinSize, by the
 // whole block: thread t holds keys 8 t to 8 t + 7. Warps behind hold none and only wait. `exchange`
 // has room for `size` keys.
@@ -60,32 +76,35 @@ __device__ void sort_keys(Key (&keys)[kItems], int size, Key* exchange) {
       order(keys[half], keys[half + 1], ascending);
       order(keys[half + 2], keys[half + 3], ascending);
     }
-    merge_items<4>(keys, !(first & 8));
+    merge_items<4>(keys, !(first & kItems));
+    merge_warp<1>(keys, !(first & 2 * kItems));
+    merge_warp<2>(keys, !(first & 4 * kItems));
+    merge_warp<4>(keys, !(first & 8 * kItems));
+    merge_warp<8>(keys, !(first & 16 * kItems));
+    merge_warp<16>(keys, !(first & kMinSize));
   }
 #pragma unroll 1
-  for (int span = 2 * kItems; span <= size; span *= 2) {
+  for (int span = 2 * kMinSize; span <= size; span *= 2) {
     const bool ascending = !(first & span);
 #pragma unroll 1
-    for (int stride = span / 2; stride >= kItems; stride /= 2) {
-      const int other = stride / kItems;  // threads away
-      const bool keep_low = !(thread & other) == ascending;
-      if (other >= kWarpSize) {
-        __syncthreads();  // `exchange` was read
-        if (holds_keys) {
+    for (int stride = span / 2; stride >= kMinSize; stride /= 2) {
+      const int other = thread ^ (stride / kItems);
+      const bool keep_low = (thread < other) == ascending;
+      __syncthreads();  // `exchange` was read
+      if (holds_keys) {
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) exchange[i * threads + thread] = keys[i];
-        }
-        __syncthreads();  // every key of the step is written
+        for (int i = 0; i < kItems; ++i) exchange[i * threads + thread] = keys[i];
       }
-      if (!holds_keys) continue;
+      __syncthreads();  // every key of the step is written
+      if (holds_keys) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const Key key = other < kWarpSize ? __shfl_xor_sync(0xffffffffu, keys[i], other)
-                                          : exchange[i * threads + (thread ^ other)];
-        if ((key < keys[i]) == keep_low) keys[i] = key;
+        for (int i = 0; i < kItems; ++i) {
+          const Key key = exchange[i * threads + other];
+          if ((key < keys[i]) == keep_low) keys[i] = key;
+        }
       }
     }
-    if (holds_keys) merge_items<4>(keys, ascending);
+    if (holds_keys) merge_warp<16>(keys, ascending);
   }
   __syncthreads();  // `exchange` was read
 }
@@ -244,6 +263,7 @@ __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
   __shared__ int warp_counts[kMaxWarps];
   __shared__ Segment warp_segments[kMaxWarps];
   __shared__ int32_t first_tokens[kMaxWarps + 1];
+  wait_for_earlier_kernels();
   const int64_t row = blockIdx.x;
   const int k = static_cast<int>(args.k);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -285,7 +305,7 @@ __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
     }
     total += weights[i];
   }
-  total = block_sum(total, shared);
+  const float scale = 1.f / block_sum(total, shared);
 
   // The tokens on both sides of this thread's.
   if (lane == 0) first_tokens[warp] = tokens[0];
@@ -311,7 +331,7 @@ __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
     const bool begins = tokens[i] != (i == 0 ? before : tokens[i - 1]);
     const bool ends = tokens[i] != (i + 1 == kItems ? after : tokens[i + 1]);
     sum = begins ? weights[i] : sum + weights[i];
-    probs[i] = ends && tokens[i] >= 0 ? sum / total : 0.f;
+    probs[i] = ends && tokens[i] >= 0 ? sum * scale : 0.f;
     entries += probs[i] > 0.f ? 1 : 0;
   }
 
@@ -353,15 +373,23 @@ __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
   }
 }
 
-// indptr from the rows' lengths, by one block.
+// indptr from the rows' lengths, by one block: 8 rows a thread at a time.
 __global__ void __launch_bounds__(kScanThreads) knn_scatter_scan_kernel(KnnScatterArgs args) {
   __shared__ int64_t warp_sums[kMaxWarps];
+  wait_for_earlier_kernels();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int64_t offset = 0;
   if (threadIdx.x == 0) args.indptr[0] = 0;
-  for (int64_t first = 0; first < args.rows; first += kScanThreads) {
-    const int64_t row = first + threadIdx.x;
-    int64_t sum = row < args.rows ? args.scratch_counts[row] : 0;
+  for (int64_t first = 0; first < args.rows; first += kItems * kScanThreads) {
+    const int64_t row = first + kItems * threadIdx.x;
+    int64_t ends[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      ends[i] = row + i < args.rows ? args.scratch_counts[row + i] : 0;
+    }
+#pragma unroll
+    for (int i = 1; i < kItems; ++i) ends[i] += ends[i - 1];
+    int64_t sum = ends[kItems - 1];
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
       const int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
@@ -369,20 +397,24 @@ __global__ void __launch_bounds__(kScanThreads) knn_scatter_scan_kernel(KnnScatt
     }
     if (lane == kWarpSize - 1) warp_sums[warp] = sum;
     __syncthreads();  // every warp's sum is written before any is read
-    int64_t before = offset;
+    int64_t before = offset + sum - ends[kItems - 1];
     for (int i = 0; i < kMaxWarps; ++i) {
       if (i < warp) before += warp_sums[i];
       offset += warp_sums[i];
     }
-    if (row < args.rows) args.indptr[row + 1] = before + sum;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (row + i < args.rows) args.indptr[row + i + 1] = before + ends[i];
+    }
     __syncthreads();  // the sums were read before the next chunk overwrites them
   }
 }
 
-// Copies a row to its place, and fills as many of the slots behind the last row as it left unused.
-// Of few rows, it makes indptr itself.
+// Copies a row to its place, and fills a share of the slots behind the last row. Of few rows, it
+// makes indptr itself.
 __global__ void __launch_bounds__(kPackThreads) knn_scatter_pack_kernel(KnnScatterArgs args) {
   __shared__ int64_t shared[kMaxWarps];
+  wait_for_earlier_kernels();
   const int64_t row = blockIdx.x;
   const int count = static_cast<int>(args.scratch_counts[row]);
   int64_t begin, total;
@@ -408,10 +440,26 @@ __global__ void __launch_bounds__(kPackThreads) knn_scatter_pack_kernel(KnnScatt
     args.token_ids[begin + i] = args.scratch_ids[row * slots + i];
     args.probs[begin + i] = args.scratch_probs[row * slots + i];
   }
-  const int64_t unused = total + (row * slots - begin);
-  for (int64_t i = threadIdx.x; i < slots - count; i += kPackThreads) {
-    args.token_ids[unused + i] = -1;
-    args.probs[unused + i] = 0.f;
+  const int64_t all = args.rows * slots;
+  const int64_t first_word = (total + kWord - 1) / kWord, end_word = all / kWord;
+  const int64_t words = (end_word - first_word + args.rows - 1) / args.rows;  // of a block
+  for (int64_t i = threadIdx.x; i < words; i += kPackThreads) {
+    const int64_t word = first_word + row * words + i;
+    if (word >= end_word) break;
+    reinterpret_cast<int4*>(args.token_ids)[word] = {-1, -1, -1, -1};
+    reinterpret_cast<float4*>(args.probs)[word] = {0.f, 0.f, 0.f, 0.f};
+  }
+  // What is left at both ends of the words.
+  const auto fill = [&](int64_t from, int64_t to) {
+    const int64_t i = from + threadIdx.x;
+    if (i < to) {
+      args.token_ids[i] = -1;
+      args.probs[i] = 0.f;
+    }
+  };
+  if (row == 0) {
+    fill(total, min(first_word * kWord, all));
+    fill(max(end_word * kWord, total), all);
   }
 }
 
@@ -432,7 +480,8 @@ Status knn_scatter(const KnnScatterArgs& args, int device, void* stream) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(bytes));
     }
-    if (error == cudaSuccess) kernel<<<args.rows, threads, bytes, cuda_stream>>>(args, size);
+    if (error != cudaSuccess) return;
+    error = launch_overlapping(kernel, args.rows, threads, bytes, device, cuda_stream, args, size);
   };
   if (args.rows > 0) {
     with_dtype(args.distance_dtype, [&](auto distance) {
@@ -445,10 +494,14 @@ Status knn_scatter(const KnnScatterArgs& args, int device, void* stream) {
     if (error != cudaSuccess) return status_of(error);
   }
   if (args.rows == 0 || args.rows > kFewRows) {
-    knn_scatter_scan_kernel<<<1, kScanThreads, 0, cuda_stream>>>(args);
+    error =
+        launch_overlapping(knn_scatter_scan_kernel, 1, kScanThreads, 0, device, cuda_stream, args);
   }
-  if (args.rows > 0) knn_scatter_pack_kernel<<<args.rows, kPackThreads, 0, cuda_stream>>>(args);
-  return status_of(cudaGetLastError());
+  if (args.rows > 0 && error == cudaSuccess) {
+    error = launch_overlapping(knn_scatter_pack_kernel, args.rows, kPackThreads, 0, device,
+                               cuda_stream, args);
+  }
+  return status_of(error);
 }
 
 }  // namespace memdec::cuda

@@ -38,6 +38,43 @@ inline Status status_of(cudaError_t error) {
   return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
 }
 
+// Of a kernel: from here on it touches global memory, so what was launched before has to be over.
+// All threads call it, and say that the next kernel may already be set up. A launch needs
+// `overlap_attribute` for that; without it both are nothing.
+__device__ inline void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets a kernel that calls wait_for_earlier_kernels be set up before the one launched before is
+// over.
+inline cudaLaunchAttribute overlap_attribute() {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+// Launches a kernel that calls wait_for_earlier_kernels.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                               size_t shared_bytes, int device, cudaStream_t stream,
+                               const Arguments&... arguments) {
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute overlap = overlap_attribute();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // Calls f with a value of the dtype's type: f(float{}), f(__half{}) or f(__nv_bfloat16{}).
 template <typename F>
 void with_dtype(DType dtype, F&& f) {

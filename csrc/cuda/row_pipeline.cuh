@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   for (int i = threadIdx.x; i < mark_bytes<Job>(plan.chunks); i += kPipelineThreads) marks[i] = 0;
   __syncthreads();
   hopper::cluster_arrive();
+  wait_for_earlier_kernels();
 
   Job job(args, plan, rank);
   if (warp < kWorkerWarps) {
@@ -334,46 +335,42 @@ inline bool rows_agree(const RowsView& a, const RowsView& b) {
 // How a Job's kernel is launched.
 template <typename Job>
 struct PipelineLaunch {
-  cudaLaunchAttribute cluster;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
 
   PipelineLaunch(const PipelinePlan& plan, int clusters, cudaStream_t stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
+    attributes[1] = overlap_attribute();
     config.gridDim = dim3(static_cast<unsigned>(clusters * plan.blocks));
     config.blockDim = dim3(kPipelineThreads);
     config.dynamicSmemBytes = control_bytes<Job>() + mark_bytes<Job>(plan.chunks) +
                               plan.ring * Job::kStripes * kStripeBytes;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
   }
   PipelineLaunch(const PipelineLaunch&) = delete;
   PipelineLaunch& operator=(const PipelineLaunch&) = delete;
-
-  // Asks for what a launch does not get by itself.
-  cudaError_t prepare() const {
-    const auto kernel = row_pipeline_kernel<Job>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.dynamicSmemBytes));
-    if (error != cudaSuccess || cluster.val.clusterDim.x <= 8) return error;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
 };
 
 // The clusters of a Job's kernel that run at once, a block on each multiprocessor; 0 where the
-// device has no clusters of that size.
+// device has no clusters of that size. The first time it also asks for what a launch does not get
+// by itself.
 template <typename Job>
-inline int resident_clusters(const PipelinePlan& plan, int device) {
+inline int resident_clusters(const PipelinePlan& plan, int shared_bytes, int device) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices][kMaxClusterBlocks + 1];  // 1 more than the number
   int clusters = device < kDevices ? known[device][plan.blocks].load() - 1 : -1;
   if (clusters >= 0) return clusters;
   const PipelineLaunch<Job> launch(plan, 1, nullptr);
-  if (launch.prepare() != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&clusters, row_pipeline_kernel<Job>, &launch.config) !=
-          cudaSuccess) {
+  const auto kernel = row_pipeline_kernel<Job>;
+  const bool granted = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            shared_bytes) == cudaSuccess &&
+                       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                            1) == cudaSuccess;
+  if (!granted ||
+      cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
     cudaGetLastError();  // it is not the next launch's
     clusters = 0;
   }
@@ -403,7 +400,7 @@ inline PipelinePlan plan_pipeline(int64_t rows, int64_t columns, int device) {
     candidate.slots = static_cast<int>(slots);
     candidate.chunks = static_cast<int>(chunks);
     candidate.ring = static_cast<int>(room < kMaxChunks ? room : kMaxChunks);
-    const int clusters = resident_clusters<Job>(candidate, device);
+    const int clusters = resident_clusters<Job>(candidate, shared_bytes, device);
     const bool turns = rows > clusters;  // then a block holds two rows
     if (clusters == 0 || (turns && 2 * chunks > room)) continue;
     candidate.clusters = static_cast<int>(rows < clusters ? rows : clusters);
@@ -420,9 +417,7 @@ inline PipelinePlan plan_pipeline(int64_t rows, int64_t columns, int device) {
 template <typename Job>
 inline cudaError_t launch_row_pipeline(const typename Job::Args& args, const PipelinePlan& plan,
                                        cudaStream_t stream) {
-  PipelineLaunch<Job> launch(plan, plan.clusters, stream);
-  const cudaError_t error = launch.prepare();
-  if (error != cudaSuccess) return error;
+  const PipelineLaunch<Job> launch(plan, plan.clusters, stream);
   return cudaLaunchKernelEx(&launch.config, row_pipeline_kernel<Job>, args, plan);
 }
 

@@ -186,8 +186,8 @@ struct WorkerSum {
   }
 };
 
-// The statistics of the first n logits of a row, in every thread of the block. Reads whole packs: at
-// both ends a few neighbours of the row.
+// The statistics of the first n logits of a row, in every thread of the block. Reads whole packs:
+// at both ends a few neighbours of the row.
 template <typename T>
 __device__ inline RowStats row_stats(const T* row, int n, float inv_temperature) {
   constexpr int kTogether = 4;  // packs of a thread that are read before the first is added

@@ -54,9 +54,12 @@ __global__ void __launch_bounds__(kReduceThreads) sparse_kl_scale_kernel(SparseK
   if (threadIdx.x == 0) *args.scale = static_cast<float>(reduction_scale(args, counted));
 }
 
-// One block adds up the rows in a fixed order.
-__global__ void __launch_bounds__(kReduceThreads) sparse_kl_reduce_kernel(SparseKLArgs args) {
+// One block adds up the rows in a fixed order. `scale` is known where a gradient was made with it.
+__global__ void __launch_bounds__(kReduceThreads)
+    sparse_kl_reduce_kernel(SparseKLArgs args, bool scale_is_known) {
   __shared__ double shared[kMaxWarps];
+  double counted = 0.0;
+  if (!scale_is_known) counted = block_sum(counted_rows(args), shared);
   double loss = 0.0, kl = 0.0, ce = 0.0;
   for (int64_t row = threadIdx.x; row < args.rows; row += kReduceThreads) {
     loss += args.row_loss[row];
@@ -67,6 +70,7 @@ __global__ void __launch_bounds__(kReduceThreads) sparse_kl_reduce_kernel(Sparse
   kl = block_sum(kl, shared);
   ce = block_sum(ce, shared);
   if (threadIdx.x != 0) return;
+  if (!scale_is_known) *args.scale = static_cast<float>(reduction_scale(args, counted));
   const double scale = *args.scale;
   *args.loss = static_cast<float>(loss * scale);
   *args.kl = static_cast<float>(kl * scale);
@@ -233,8 +237,8 @@ Status sparse_kl(const SparseKLArgs& args, int device, void* stream) {
   with_dtype(args.logits.dtype, [&](auto value) {
     using T = decltype(value);
     const bool reduced = args.reduction != Reduction::kNone;
-    if (reduced) sparse_kl_scale_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
     const bool with_gradient = args.rows > 0 && args.grad_logits.data;
+    if (with_gradient) sparse_kl_scale_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
     PipelinePlan plan;
     if (with_gradient) plan = plan_pipeline<SparseKLJob<T>>(args.rows, args.vocab, device);
     if (plan.clusters > 0) {
@@ -243,7 +247,9 @@ Status sparse_kl(const SparseKLArgs& args, int device, void* stream) {
       sparse_kl_kernel<T><<<args.rows, kThreads, 0, cuda_stream>>>(args);
       if (with_gradient) error = launch_backward<T>(backward_of(args), cuda_stream);
     }
-    if (reduced) sparse_kl_reduce_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args);
+    if (reduced) {
+      sparse_kl_reduce_kernel<<<1, kReduceThreads, 0, cuda_stream>>>(args, with_gradient);
+    }
   });
   return status_of(error == cudaSuccess ? cudaGetLastError() : error);
 }

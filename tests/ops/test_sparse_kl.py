@@ -794,12 +794,13 @@ def test_opcheck(reduction: int, device: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_same_with_and_without_grad(reduction: str, device: str, implementation: str) -> None:
-    """They are two registered ops."""
+    """They are two registered ops, and on CUDA two kernels."""
     logits, targets, labels = random_case((2, 3, 17), device, torch.bfloat16)
     options = {"labels": labels, "reduction": reduction}
     with_grad = sparse_kl_loss(logits.clone().requires_grad_(), targets, **options)
     for value, expected in zip(sparse_kl_loss(logits, targets, **options), with_grad, strict=True):
-        assert torch.equal(value, expected)
+        exact = 0 if device == "cpu" else 1e-6
+        torch.testing.assert_close(value, expected.detach(), rtol=exact, atol=exact)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
