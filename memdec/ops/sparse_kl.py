@@ -474,13 +474,10 @@ def _chunks(inputs: SparseKLInputs, rows: int) -> Iterator[tuple[slice, SparseKL
 
 
 def _contiguous(inputs: SparseKLInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    labels = inputs.labels
-    return (
-        inputs.indptr.contiguous(),
-        inputs.token_ids.contiguous(),
-        inputs.probs.contiguous(),
-        None if labels is None else labels.to(torch.int64).contiguous(),
-    )
+    _, indptr, token_ids, probs, labels, *_ = inputs
+    if labels is not None:
+        labels = labels.to(torch.int64).contiguous()
+    return indptr.contiguous(), token_ids.contiguous(), probs.contiguous(), labels
 
 
 def rescale(gradient: Tensor, grad: Tensor) -> Tensor:
