@@ -1,9 +1,12 @@
 """Gradients of a model that FSDP2 shards over two processes, against those of one: a script.
 
-python -m torch.distributed.run --nproc-per-node 2 sharded_gradients.py; an error is a failure.
+python -m torch.distributed.run --nproc-per-node 2 sharded_gradients.py DEVICE; an error is a failure.
 """
 
 from __future__ import annotations
+
+import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ from memdec.training.block_trainer import batch_targets, loss_for_logits
 
 def backward(model: LlamaForCausalLM, blocks: list[int], scale: float) -> None:
     batch = BlockCollator(Blocks(), BLOCK, targets_of)(blocks)
+    batch = {name: array.to(model.device) for name, array in batch.items()}
     arguments = {"targets": batch_targets(batch), "labels": batch["labels"], "normalizer": 50}
     with loss_for_logits(model.lm_head, arguments):
         parts = model(input_ids=batch["input_ids"], use_cache=False).logits
@@ -31,12 +35,14 @@ def model_of(tied: bool) -> LlamaForCausalLM:
     return model
 
 
-def main() -> None:
+def main(device: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for tied in (True, False):
-        whole, sharded = model_of(tied), model_of(tied)
+        whole, sharded = model_of(tied).to(device), model_of(tied).to(device)
         backward(whole, [0, 1, 2, 3], 1.0)
         for layer in sharded.model.layers:
             fully_shard(layer, mesh=mesh)
@@ -54,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

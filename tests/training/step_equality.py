@@ -1,7 +1,7 @@
 """Trains a tiny model for a few steps and saves its weights: a script for one process or several.
 
-python step_equality.py OUT BATCH ACCUMULATION, on its own or under torch.distributed.run. A step
-takes BATCH * ACCUMULATION * processes blocks; the blocks differ in length, so shards are uneven.
+python step_equality.py OUT BATCH ACCUMULATION DEVICE, on its own or under torch.distributed.run. A
+step takes BATCH * ACCUMULATION * processes blocks; the blocks differ in length, so shards are uneven.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def tiny_model(**config: object) -> LlamaForCausalLM:
     )
 
 
-def make_trainer(work: Path, batch: int, accumulation: int, **options: object) -> BlockTrainer:
+def make_trainer(
+    work: Path, batch: int, accumulation: int, device: str = "cpu", **options: object
+) -> BlockTrainer:
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=batch,
@@ -74,16 +76,16 @@ def make_trainer(work: Path, batch: int, accumulation: int, **options: object) -
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         **options,
     )
     collator = BlockCollator(Blocks(), BLOCK, targets_of)
     return BlockTrainer(tiny_model(), arguments, blocks=BLOCKS, collator=collator, alpha=0.4)
 
 
-def main(out: str, batch: str, accumulation: str) -> None:
+def main(out: str, batch: str, accumulation: str, device: str) -> None:
     with tempfile.TemporaryDirectory() as work:
-        trainer = make_trainer(Path(work), int(batch), int(accumulation))
+        trainer = make_trainer(Path(work), int(batch), int(accumulation), device)
         trainer.train()
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)

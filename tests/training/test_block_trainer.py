@@ -49,16 +49,16 @@ def test_processes_with_uneven_shards_are_one_process(
 ) -> None:
     """19 blocks of two lengths: some process has fewer tokens, in the last step even none."""
     out = tmp_path / "weights.safetensors"
-    launch(processes, step_equality.__file__, str(out), str(batch), str(accumulation))
+    launch(processes, step_equality.__file__, str(out), str(batch), str(accumulation), "cpu")
     assert_same(load_file(out), one_batch)
 
 
 def test_a_sharded_model_has_the_same_gradients() -> None:
-    launch(2, sharded_gradients.__file__)
+    launch(2, sharded_gradients.__file__, "cpu")
 
 
 def launch(processes: int, *command: str) -> None:
-    """Runs a script in several processes on the CPU (gloo)."""
+    """Runs a script in several processes of this machine."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
         [*run, str(processes), *command], capture_output=True, text=True, timeout=300

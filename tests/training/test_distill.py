@@ -70,7 +70,7 @@ def test_gradient_accumulation_changes_rounding_only(config, tmp_path):
         out = tmp_path / f"{blocks}"
         one_step = dataclasses.replace(
             config,
-            memory_init=_without_dropout(config.teacher, tmp_path / "init"),
+            memory_init=without_dropout(config.teacher, tmp_path / "init"),
             memory_layers=None,
             batch_blocks=blocks,
             gradient_accumulation=passes,
@@ -83,7 +83,7 @@ def test_gradient_accumulation_changes_rounding_only(config, tmp_path):
     assert losses[0]["nll"] == pytest.approx(losses[1]["nll"], rel=1e-4)
 
 
-def _without_dropout(model: str, path: Path) -> str:
+def without_dropout(model: str, path: Path) -> str:
     if not path.exists():
         shutil.copytree(model, path)
         values = json.loads((path / "config.json").read_text())
@@ -157,7 +157,7 @@ def test_two_processes_train_what_one_does(config, tmp_path):
     """`accelerate launch -m memdec train`: half the blocks each, and one of them writes."""
     alone = dataclasses.replace(
         config,
-        memory_init=_without_dropout(config.teacher, tmp_path / "init"),
+        memory_init=without_dropout(config.teacher, tmp_path / "init"),
         memory_layers=None,
         batch_blocks=4,
         gradient_accumulation=2,
