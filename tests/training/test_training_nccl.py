@@ -48,24 +48,22 @@ def test_accelerate_launch_trains_the_same_memory(options: list[str], tiny, tmp_
     """As one process with twice the blocks in a forward pass."""
     start = str(without_dropout(tiny.model, tmp_path / "start"))
 
+    options_of_train = {
+        **{
+            "tokens": tiny.tokens,
+            "targets": tiny.targets,
+            "base": tiny.model,
+            "teacher": tiny.model,
+        },
+        **{"memory-init": start, "device": "cuda", "dtype": "float32", "epochs": 2},
+        **{"learning-rate": 1e-2, "gradient-accumulation": 1},
+    }
+
     def curve(name: str, launcher: list[str], batch_blocks: int) -> list[dict[str, float]]:
-        command = [
-            *(sys.executable, "-m", *launcher, "memdec", "train"),
-            *("--tokens", str(tiny.tokens), "--targets", str(tiny.targets)),
-            *("--base", str(tiny.model), "--teacher", str(tiny.model), "--device", "cuda"),
-            *(
-                "--memory-init",
-                start,
-                "--dtype",
-                "float32",
-                "--epochs",
-                "2",
-                "--learning-rate",
-                "1e-2",
-            ),
-            *("--batch-blocks", str(batch_blocks), "--gradient-accumulation", "1"),
-            *("--out", str(tmp_path / name)),
-        ]
+        command = [sys.executable, "-m", *launcher, "memdec", "train"]
+        out = {"batch-blocks": batch_blocks, "out": tmp_path / name}
+        for option, value in {**options_of_train, **out}.items():
+            command += [f"--{option}", str(value)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads((tmp_path / name / "curve.json").read_text())
