@@ -77,12 +77,29 @@ def _goal(ours: dict | None) -> str:
 def _from_hidden_states(op: str, case: str, found: dict[str, dict]) -> list[str]:
     """A line a contender: its time, that in units of the matrix products alone, and its memory."""
     products = found["three products"]["seconds"]
-    lines = [f"{op}: {case}", "", "| | time | x products | extra memory |", "|---" * 4 + "|"]
+    lines = [
+        f"{op}: {case}",
+        "",
+        "| | time | x products | extra memory | goal | met |",
+        "|---" * 6 + "|",
+    ]
     for name, entry in found.items():
         memory = "" if entry["memory"] is None else f"{entry['memory'] / 1e9:.2f} GB"
         ratio = entry["seconds"] / products
-        lines.append(f"| {name} | {_time(entry['seconds'])} | {ratio:.2f} | {memory} |")
+        reached = {"seconds": entry["seconds"], "products": ratio, "bytes": entry["memory"]}
+        goal = entry["goal"] or {}
+        shown = {"seconds": _time, "products": "{:.2f} x".format, "bytes": _gigabytes}
+        wanted = ", ".join(shown[kind](value) for kind, value in goal.items())
+        met = "yes" if all(reached[kind] <= value for kind, value in goal.items()) else "no"
+        lines.append(
+            f"| {name} | {_time(entry['seconds'])} | {ratio:.2f} | {memory} | {wanted} | "
+            f"{met if goal else ''} |"
+        )
     return lines
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def training_table(result: dict) -> str:
