@@ -82,7 +82,8 @@ def build(config: BuildConfig, out: Path) -> None:
     steps = plan(recipe, out)
     refuse_strangers(out, {*STAGES, RECIPE, REPORT})
     run_steps(steps, recipe, out)
-    write_report(out / "eval", out / REPORT, title=f"A memory for {recipe.base}")
+    title = f"A memory for {recipe.base}"
+    write_report(out / "eval", out / REPORT, title=title, training=out / "train")
     say(f"build: {time.monotonic() - start:.0f} s in all; the report is {out / REPORT}")
 
 

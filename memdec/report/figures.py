@@ -57,6 +57,22 @@ def gains_by_frequency(results: Mapping[str, Any]) -> str:
     return _svg(figure, axes, "frequency")
 
 
+def training_curve(rows: Sequence[Mapping[str, float]]) -> str:
+    """Validation while the memory was trained, against the epoch; the weights that were kept a dot."""
+    figure, axes = _figure("epochs", "perplexity on validation")
+    epochs = [row["epoch"] for row in rows]
+    curves = {"memory": "nll", "joint": "joint_nll"}
+    points = {name: _perplexities([row[key] for row in rows]) for name, key in curves.items()}
+    for name, values in points.items():
+        axes.plot(epochs, values, color=COLOURS[name], label=name, marker=".")
+    best = min(rows, key=lambda row: row["score"])
+    kept = math.exp(best["joint_nll"])
+    axes.plot([best["epoch"]], [kept], "o", color=COLOURS["joint"], markersize=7)
+    # An untrained memory is far above the rest: the interesting part is near joint.
+    axes.set_ylim(0.9 * kept, min(1.02 * max(map(max, points.values())), 2 * max(points["joint"])))
+    return _svg(figure, axes, "training")
+
+
 def _figure(across: str, up: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()

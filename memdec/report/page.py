@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memdec.data.artefact import TIMING, Artefact
-from memdec.report.figures import gains_by_frequency, lmbda_curve
+from memdec.report.figures import gains_by_frequency, lmbda_curve, training_curve
 from memdec.report.passage import coloured_passage, legend
 
 _STYLE = """
@@ -48,9 +48,15 @@ class Continuation:
 
 
 def write_report(
-    evaluation: Path, path: Path, continuations: Sequence[Continuation] = (), title: str = "memdec"
+    evaluation: Path,
+    path: Path,
+    continuations: Sequence[Continuation] = (),
+    title: str = "memdec",
+    training: Path | None = None,
 ) -> None:
     """Writes the page at `path` from the files of the stage eval in `evaluation`.
+
+    `training` is the directory of the stage train, whose curve is drawn too.
 
     Raises:
         MemdecError: `evaluation` is not a finished directory of the stage eval.
@@ -65,6 +71,7 @@ def write_report(
         _table(results, seconds),
         "<h2>How much memory to mix in</h2>",
         lmbda_curve(results),
+        _training(training),
         "<h2>Where it helps</h2>",
         f"<p>{_FREQUENCY}</p>",
         gains_by_frequency(results),
@@ -134,6 +141,13 @@ def _table(results: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
 def _number(value: float | None, digits: int) -> str:
     """None stands for an infinite value: a token that got no probability at all."""
     return "∞" if value is None else f"{value:,.{digits}f}"
+
+
+def _training(training: Path | None) -> str:
+    if training is None:
+        return ""
+    rows = json.loads(Artefact.open(training, "train").file("curve.json").read_text())
+    return f"<h2>How the memory learned</h2>\n{training_curve(rows)}"
 
 
 def _continuations(continuations: Sequence[Continuation]) -> str:

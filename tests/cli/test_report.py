@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from fake_evaluation import results, write_evaluation
 
+from memdec.data.artefact import stage
 from memdec.errors import MemdecError
 from memdec.report import Continuation, write_report
 
@@ -45,6 +47,23 @@ def test_both_pictures_are_there_in_the_text_colour(page):
         assert label in drawing
         assert "currentColor" in drawing
         assert "#010203" not in drawing
+
+
+def test_the_training_is_drawn_where_it_is_given(evaluation, tmp_path):
+    curve = [
+        {"epoch": epoch, "nll": nll, "joint_nll": joint, "score": joint}
+        for epoch, nll, joint in [(0.0, 8.0, 4.0), (1.0, 5.0, 3.0), (2.0, 4.0, 3.1)]
+    ]
+    with stage(tmp_path / "train", "train", {}, {}) as writer:
+        writer.write("curve.json", lambda file: file.write(json.dumps(curve).encode()))
+        writer.finish()
+    write_report(evaluation, tmp_path / "page.html", training=tmp_path / "train")
+    page = (tmp_path / "page.html").read_text()
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) == 3
+    assert "perplexity on validation" in drawings[1]
+    with pytest.raises(MemdecError, match=r"expected an? train directory"):
+        write_report(evaluation, tmp_path / "page.html", training=evaluation)
 
 
 def test_a_bucket_without_positions_is_left_out(page):
