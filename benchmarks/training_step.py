@@ -38,6 +38,7 @@ from memdec.data.targets import TargetStore
 from memdec.training.batches import BlockCollator
 from memdec.training.block_trainer import BlockTrainer
 from memdec.training.distill import verified
+from memdec.training.trainer import compile_blocks
 
 CONTENDERS = ["transformers, CE", "memdec, CE", "memdec, KL and CE"]
 SMOLLM2_135M = {
@@ -70,7 +71,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="timed steps")
     parser.add_argument("--workers", type=int, default=0, help="processes that read the batches")
     parser.add_argument(
-        "--compile", choices=["no", "yes", "both"], default="both", help="torch.compile the model"
+        "--compile",
+        choices=["no", "yes", "both"],
+        default="both",
+        help="torch.compile the blocks of the model",
     )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument(
@@ -162,7 +166,6 @@ def measure(
             bf16=on_gpu,
             use_cpu=not on_gpu,
             optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-            torch_compile=compiled,
             logging_steps=10,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -199,6 +202,8 @@ def measure(
                 alpha=0.0 if gather is None else 0.5,
                 callbacks=[clock],
             )
+        if compiled:
+            compile_blocks(model)
         with clock.watch_gpu():
             trainer.train()
     step = clock.seconds / options.steps

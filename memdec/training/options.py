@@ -24,7 +24,9 @@ class LoopConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", help="arithmetic of the forward pass; weights and optimizer stay float32"
     )
-    compile: bool = option(False, help="compile the model: faster steps after a slow start")
+    compile: bool = option(
+        False, help="compile the model's blocks: faster steps after a slow start"
+    )
     report_to: tuple[str, ...] = option((), help="trackers of transformers, for example wandb")
     seed: int = option(0, help="seed of the data order, dropout and fresh weights")
 

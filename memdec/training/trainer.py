@@ -37,6 +37,7 @@ from memdec.console import Progress
 from memdec.data.artefact import StageWriter, clear_disk_errors
 from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
+from memdec.modeling.key_layer import find_blocks
 from memdec.modeling.loading import pick_device
 from memdec.training.batches import BlockCollator, GatherTargets
 from memdec.training.block_trainer import BlockTrainer
@@ -163,7 +164,6 @@ def _train(
         per_device_train_batch_size=config.batch_blocks,
         gradient_accumulation_steps=config.gradient_accumulation,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-        torch_compile=config.compile,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
@@ -194,6 +194,8 @@ def _train(
         alpha=alpha,
         arithmetic=_arithmetic(device, config.dtype),
     )
+    if config.compile:
+        compile_blocks(model)
     trainer.remove_callback(PrinterCallback)
     schedule = _Schedule(
         trainer,
@@ -214,6 +216,16 @@ def _train(
             trainer.add_callback(_Reporter(progress, stream.positions, log))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return schedule.best_weights(), curve
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compiles a model's decoder blocks in place.
+
+    One compilation serves all of them, and none reaches the output layer, in whose place a step takes
+    its loss: Trainer's own ``torch_compile`` traces a whole model several times until it stops there.
+    """
+    for block in model.get_submodule(find_blocks(model)).children():
+        block.compile()
 
 
 def _arithmetic(
