@@ -10,20 +10,17 @@ forgotten, and only after its result was compared with the reference.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sources import kernel_sources_sha256
 
 import memdec
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -187,15 +184,6 @@ def contest(benchmark: Any, device: str, copy_bandwidth: float) -> Contest:
     return Contest(benchmark, device, copy_bandwidth)
 
 
-def kernel_sources_sha256() -> str:
-    """Identifies the kernels that were measured, so that a stale result shows."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Device and versions instead of names of the machine."""
     on_cuda = config.getoption("--device") == "cuda"
@@ -208,7 +196,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         torch=torch.__version__,
         python=platform.python_version(),
         memdec=memdec.__version__,
-        kernel_sources=kernel_sources_sha256(),
+        kernel_sources=kernel_sources_sha256("cuda" if on_cuda else "cpu"),
     )
 
 

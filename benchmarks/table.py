@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from sources import kernel_sources_sha256
+
 
 def _time(seconds: float) -> str:
     if seconds < 1e-4:
@@ -38,9 +40,12 @@ def table(path: Path) -> str:
     cases = {key: found for key, found in cases.items() if key not in from_hidden}
     contenders = ["dense eager", "eager", "compiled", "memdec"]
     used = [name for name in contenders if any(name in case for case in cases.values())]
+    current = {kernel_sources_sha256("cpu"), kernel_sources_sha256("cuda")}
+    state = "as they are now" if machine["kernel_sources"] in current else "changed since"
     lines = [
         f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['threads']} threads, kernels {machine['kernel_sources']}. Medians, cold cache.",
+        f"{machine['threads']} threads, kernels {machine['kernel_sources']}, {state}. Medians, cold "
+        "cache.",
         "",
         "| op | case | " + " | ".join(used) + " | memdec: share of the floor | against eager |",
         "|---" * (len(used) + 4) + "|",
