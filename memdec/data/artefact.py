@@ -4,6 +4,9 @@ While a stage runs, ``progress.json`` lists its request (kind, parameters, finge
 inputs) and the files finished so far. When it ends, ``manifest.json`` takes its place. Running the
 same request again goes on where it stopped, or does nothing; a different request is refused.
 Seconds live in ``timing.json``, so every other file depends on inputs and seed alone.
+
+Several processes may write one stage: each records what it finished in a file of its own
+(``progress-1.json``), which the process that opened the stage gathers when it ends or is run again.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,25 +90,21 @@ def check_input(artefact: Artefact, name: str, found: str) -> None:
 
 
 class StageWriter:
-    """Writes one artefact; made by :func:`stage`."""
+    """Writes one artefact; made by :func:`stage` or :func:`joined_stage`.
 
-    def __init__(self, path: Path, progress: dict[str, Any]) -> None:
+    Several threads may write files of their own.
+    """
+
+    def __init__(self, path: Path, progress: dict[str, Any], records: str = PROGRESS) -> None:
         self.path = path
         self.finished = False
         self._progress = progress
+        self._records = records
+        self._recording = threading.Lock()
         self._start = time.monotonic()
 
-    @classmethod
-    def watch(cls, path: Path) -> StageWriter:
-        """The writer of a stage that another process has open, as it is now and to be read only."""
-        finished = (path / MANIFEST).exists()
-        progress = {"files": {}, "notes": {}} if finished else _read_json(path / PROGRESS)
-        writer = cls(path, progress)
-        writer.finished = finished
-        return writer
-
     def has(self, name: str) -> bool:
-        """Whether the file was finished, now or in an earlier run."""
+        """Whether the file was finished, by this process or before it began."""
         return name in self._progress["files"]
 
     def file(self, name: str) -> Path:
@@ -116,8 +116,9 @@ class StageWriter:
 
     def set_note(self, key: str, value: Any) -> None:
         """Records a small JSON value that a rerun should find, for example a chosen temperature."""
-        self._progress["notes"][key] = value
-        self._save_progress()
+        with self._recording:
+            self._progress["notes"][key] = value
+            self._save_progress()
 
     def write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
         """Writes one file through a temporary name; `write` gets the open binary file."""
@@ -159,26 +160,35 @@ class StageWriter:
 
     def finish(self, timing: Mapping[str, float] | None = None, **fields: Any) -> Artefact:
         """Writes timing and manifest; `fields` (counts, dtypes, choices) go into the manifest."""
+        self._gather()
         manifest = {**self._progress["request"], **fields}
         manifest["files"] = dict(sorted(self._progress["files"].items()))
         seconds = {"seconds": time.monotonic() - self._start, **(timing or {})}
         _write_json(self.path / TIMING, seconds)
         _write_json(self.path / MANIFEST, manifest)
+        _remove_joined_records(self.path)
         (self.path / PROGRESS).unlink(missing_ok=True)
         self.finished = True
         return Artefact(self.path, _read_json(self.path / MANIFEST))
 
+    def _gather(self) -> None:
+        """Takes over what the processes that joined have recorded."""
+        for records in sorted(self.path.glob("progress-*.json")):
+            found = _read_json(records)
+            for part in ("files", "notes"):
+                self._progress[part] = {**found[part], **self._progress[part]}
+
     def _record(self, *names: str) -> None:
+        found = {}
         for name in names:
             path = self.path / name
-            self._progress["files"][name] = {
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
-        self._save_progress()
+            found[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        with self._recording:
+            self._progress["files"] |= found
+            self._save_progress()
 
     def _save_progress(self) -> None:
-        _write_json(self.path / PROGRESS, self._progress)
+        _write_json(self.path / self._records, self._progress, indent=None)
 
 
 @contextmanager
@@ -187,6 +197,8 @@ def stage(
     kind: str,
     params: Mapping[str, Any],
     inputs: Mapping[str, str],
+    *,
+    shared: bool = False,
 ) -> Iterator[StageWriter]:
     """Opens a stage's directory for writing, alone.
 
@@ -195,6 +207,7 @@ def stage(
         kind: what it will hold, for example ``"datastore"``.
         params: every parameter that shapes the result, as JSON types.
         inputs: name to fingerprint of everything that is read.
+        shared: once it is open, others may write along (:func:`joined_stage`).
 
     Yields:
         A writer. ``writer.finished`` is true when the same request was finished before: read it
@@ -221,16 +234,46 @@ def stage(
     except OSError as error:
         raise MemdecError(f"cannot make the directory {path}: {error.strerror}") from error
     with open(path / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise MemdecError(f"another process is writing {path}; wait for it to end") from None
+        _lock(lock, fcntl.LOCK_EX, path)
         writer = _open_writer(path, request)
+        if shared:
+            _lock(lock, fcntl.LOCK_SH, path)
         try:
             yield writer
         except MemdecError:
             _remove_if_nothing_done(path)
             raise
+
+
+@contextmanager
+def joined_stage(path: Path, member: int) -> Iterator[StageWriter]:
+    """A further writer of a stage that another process holds open as shared.
+
+    It knows the files and notes that were recorded before it joined. While it lives, nobody else can
+    open the stage, also when the process that opened it has died.
+
+    Args:
+        member: number of this process, at least 1 and its own.
+    """
+    with open(path / LOCK, "a") as lock:
+        _lock(lock, fcntl.LOCK_SH, path)
+        finished = (path / MANIFEST).exists()
+        progress = {"files": {}, "notes": {}} if finished else _read_json(path / PROGRESS)
+        writer = StageWriter(path, progress, f"progress-{member}.json")
+        writer.finished = finished
+        yield writer
+
+
+def _lock(file: IO[str], kind: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        raise MemdecError(f"another process is writing {path}; wait for it to end") from None
+
+
+def _remove_joined_records(path: Path) -> None:
+    for records in path.glob("progress-*.json*"):  # with what a kill left half-written
+        records.unlink()
 
 
 def _remove_if_nothing_done(path: Path) -> None:
@@ -248,14 +291,19 @@ def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
         Artefact.open(path, request["kind"])
         writer = StageWriter(path, {"request": request, "files": manifest["files"], "notes": {}})
         writer.finished = True
-        (path / PROGRESS).unlink(missing_ok=True)  # left by a run killed right after its manifest
+        _remove_joined_records(path)  # left by a run killed right after its manifest
+        (path / PROGRESS).unlink(missing_ok=True)
         return writer
     if (path / PROGRESS).exists():
         progress = _read_json(path / PROGRESS)
         _refuse_other_request(path, progress["request"], request)
+        writer = StageWriter(path, progress)
+        writer._gather()
         for name, record in progress["files"].items():
             _check_size(path / name, record["bytes"])
-        return StageWriter(path, progress)
+        writer._save_progress()
+        _remove_joined_records(path)
+        return writer
     writer = StageWriter(path, {"request": request, "files": {}, "notes": {}})
     writer._save_progress()
     return writer
@@ -316,13 +364,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise MemdecError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with clear_disk_errors(path):
         try:
             with open(temporary, "w") as file:
-                json.dump(value, file, indent=1, sort_keys=True)
-                file.write("\n")
+                file.write(json.dumps(value, indent=indent, sort_keys=True) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -7,21 +7,25 @@ index that compresses them answers without, and what asks for a key has the teac
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from memdec.config import Config, option, require
-from memdec.console import Progress, say
-from memdec.data.artefact import Artefact, StageWriter, check_input, stage
+from memdec.console import say
+from memdec.data.artefact import Artefact, StageWriter, check_input
 from memdec.data.corpus import TokenCorpus, TokenStream
+from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
+    from accelerate import PartialState
+
     from memdec.data.exact import ExactIndex
     from memdec.data.index import FaissIndex
     from memdec.data.keys import ComputedKeys, Keys
@@ -65,12 +69,17 @@ class DatastoreConfig(Config):
 def datastore(config: DatastoreConfig, out: Path) -> Artefact:
     """Runs the teacher over the train tokens and stores keys, next tokens and the index.
 
+    Of several processes (``accelerate launch``) each computes and writes a share of the shards, to
+    the bytes that one would write.
+
     Raises:
         MemdecError: train tokens shorter than a block, another tokenizer, a model without a
             feed-forward that is found, an index that FAISS does not know.
     """
     from memdec.modeling.loading import model_fingerprint
+    from memdec.processes import join_processes, shared_stage
 
+    processes = join_processes(config.device)
     corpus = TokenCorpus.open(config.tokens)
     stream = corpus.split("train")
     if stream.positions < config.block_size:
@@ -85,22 +94,30 @@ def datastore(config: DatastoreConfig, out: Path) -> Artefact:
         del params["keep_keys"]
     params["shard_positions"] = SHARD_POSITIONS
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
-    with stage(out, KIND, params, inputs) as writer:
+    with shared_stage(processes, out, KIND, params, inputs) as writer:
         if writer.finished:
             say(f"datastore: already done in {out}")
-            return Artefact.open(out, KIND)
-        return _write(config, corpus, stream, writer)
+        else:
+            _write(config, processes, corpus, stream, writer)
+        return Artefact.open(out, KIND)
 
 
 def _write(
-    config: DatastoreConfig, corpus: TokenCorpus, stream: TokenStream, writer: StageWriter
-) -> Artefact:
-    from memdec.data.index import EXACT, build_faiss, choose_index, write_faiss
+    config: DatastoreConfig,
+    processes: PartialState,
+    corpus: TokenCorpus,
+    stream: TokenStream,
+    writer: StageWriter,
+) -> None:
+    from memdec.data.build_index import build_faiss, write_faiss
+    from memdec.data.index import EXACT, choose_index
     from memdec.data.keys import StoredKeys
+    from memdec.processes import own_device
 
     _check_tokenizer(config.model, corpus)
-    bounds = _shard_bounds(stream.positions, config.block_size, SHARD_POSITIONS)
-    computed = _computed_keys(config, corpus, bounds)
+    shards = _shards(stream.positions, config.block_size, SHARD_POSITIONS)
+    device = own_device(processes, config.device)
+    computed = _computed_keys(replace(config, device=device), corpus, shards)
     keys: Keys = computed
     facts: dict[str, Any] = {"size": keys.size, "width": keys.width, "key_layer": computed.layer}
     index = choose_index(config.index, keys.size, keys.width)
@@ -110,20 +127,33 @@ def _write(
             "compresses them, such as IVF256,SQfp16"
         )
     if config.keep_keys:
-        _write_keys(writer, computed, bounds)
-        keys = StoredKeys(_open_keys(writer.path, len(bounds)))
+        write_shards(
+            processes, writer, shards, computed.of_shards, _save_keys, "keys of train", "tokens"
+        )
+        keys = StoredKeys(_open_keys(writer.path, len(shards)))
     del computed  # and with it the model, unless it has to compute the keys again
-    if not writer.has(NEXT_TOKENS):
-        _write_array(writer, NEXT_TOKENS, stream.read(1, len(stream)))
+    work = writer.file("index.parts")
+    built = None
     if index != EXACT and not writer.has(INDEX):
-        built = build_faiss(index, keys, config.seed)
-        writer.write(INDEX, lambda file: write_faiss(built, file))
-    shards = len(bounds) if config.keep_keys else 0
-    return writer.finish(dtype="float16", shards=shards, index=index, **facts)
+        built = build_faiss(processes, work, index, keys, config.seed)
+    if processes.is_main_process:
+        if not writer.has(NEXT_TOKENS):
+            next_tokens = stream.read(1, len(stream))
+            writer.write(NEXT_TOKENS, lambda file: np.save(file, next_tokens))
+        if built is not None:
+            writer.write(INDEX, partial(write_faiss, built))
+        shutil.rmtree(work, ignore_errors=True)
+        kept = len(shards) if config.keep_keys else 0
+        writer.finish(dtype="float16", shards=kept, index=index, **facts)
+    processes.wait_for_everyone()
+
+
+def _save_keys(shard: Shard, parts: list[np.ndarray], file: IO[bytes]) -> None:
+    np.save(file, np.concatenate(parts))
 
 
 def _computed_keys(
-    config: DatastoreConfig, corpus: TokenCorpus, bounds: Sequence[tuple[int, int]]
+    config: DatastoreConfig, corpus: TokenCorpus, shards: Sequence[Shard]
 ) -> ComputedKeys:
     from memdec.data.keys import ComputedKeys
     from memdec.evaluation.forward import check_model
@@ -134,23 +164,7 @@ def _computed_keys(
     check_model(model, config.block_size, corpus.vocab_size)
     recorder = KeyRecorder(model, config.key_layer)
     stream = corpus.split("train")
-    return ComputedKeys(recorder, stream, bounds, config.block_size, config.batch_blocks)
-
-
-def _write_keys(writer: StageWriter, keys: ComputedKeys, bounds: Sequence[tuple[int, int]]) -> None:
-    left = [
-        (number, edges)
-        for number, edges in enumerate(bounds)
-        if not writer.has(_shard_name(number))
-    ]
-    done = keys.size - sum(stop - start for _, (start, stop) in left)
-    with Progress("keys of train", keys.size, "tokens", done) as progress:
-        for number, (start, stop) in left:
-            parts = []
-            for part in keys.passes(start, stop):
-                parts.append(part)
-                progress.advance(len(part))
-            _write_array(writer, _shard_name(number), np.concatenate(parts))
+    return ComputedKeys(recorder, stream, shards, config.block_size, config.batch_blocks)
 
 
 def _check_tokenizer(model: str, corpus: TokenCorpus) -> None:
@@ -160,14 +174,9 @@ def _check_tokenizer(model: str, corpus: TokenCorpus) -> None:
         compare_tokenizers(corpus.tokenizer(), load_tokenizer(model), ("the tokens", "the teacher"))
 
 
-def _write_array(writer: StageWriter, name: str, array: np.ndarray) -> None:
-    writer.write(name, lambda file: np.save(file, array))
-
-
-def _shard_bounds(positions: int, block_size: int, length: int) -> list[tuple[int, int]]:
-    """Positions [start, stop) of each shard: whole blocks, at least one, of `length` together."""
-    size = max(length // block_size, 1) * block_size
-    return [(start, min(start + size, positions)) for start in range(0, positions, size)]
+def _shards(positions: int, block_size: int, length: int) -> list[Shard]:
+    """Whole blocks, at least one, of `length` positions together."""
+    return cut(positions, max(length // block_size, 1) * block_size, _shard_name)
 
 
 def _shard_name(number: int) -> str:
@@ -217,8 +226,8 @@ class Datastore:
             tokens=corpus.artefact.path,
             device=self.device,
         )
-        bounds = _shard_bounds(self.size, self.block_size, params["shard_positions"])
-        return replace(self, computed=_computed_keys(config, corpus, bounds))
+        shards = _shards(self.size, self.block_size, params["shard_positions"])
+        return replace(self, computed=_computed_keys(config, corpus, shards))
 
     @property
     def fingerprint(self) -> str:

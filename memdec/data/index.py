@@ -1,4 +1,4 @@
-"""Which index the keys get, and FAISS's indexes. The exact one is memdec.data.exact.
+"""Which index the keys get, and searching in FAISS's. The exact one is memdec.data.exact.
 
 Both kinds of index order by (squared L2 distance, id) and pad with (inf, -1).
 """
@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from memdec.console import Progress
-from memdec.data.keys import Keys
 from memdec.errors import MemdecError
 
 EXACT = "Flat"
 EXACT_UP_TO = 1 << 20
-
-_KEYS_A_CHUNK = 1 << 16
-_TRAINING_KEYS_A_LIST = 64
-_LEAST_LISTS = 256  # a product quantiser of 8 bits has that many centroids to train
 
 
 def choose_index(spec: str, size: int, width: int) -> str:
@@ -36,7 +30,7 @@ def choose_index(spec: str, size: int, width: int) -> str:
         lists = 1 << round(np.log2(4 * size**0.5))
         spec = EXACT if size <= EXACT_UP_TO else f"IVF{lists},SQfp16"
     if spec != EXACT:
-        lists = _lists(_factory(spec, width))
+        lists = count_lists(make_index(spec, width))
         if lists > size:
             raise MemdecError(f"index {spec} has {lists} lists, more than the {size} keys")
     return spec
@@ -46,7 +40,7 @@ class FaissIndex:
     """A FAISS index read from its file."""
 
     def __init__(self, path: Path, nprobe: int) -> None:
-        faiss = _faiss()
+        faiss = load_faiss()
         self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         inverted_lists = faiss.try_extract_index_ivf(self._index)
         if inverted_lists is not None:
@@ -70,61 +64,37 @@ class FaissIndex:
 
 def index_cost(spec: str, size: int, width: int) -> tuple[int, int]:
     """About how many bytes the file of a FAISS index has (codes, ids, centroids), and its lists."""
-    index = _factory(spec, width)
-    lists = _lists(index)
+    index = make_index(spec, width)
+    lists = count_lists(index)
     return size * (index.sa_code_size() + 8) + lists * width * 4, lists
 
 
-def build_faiss(spec: str, keys: Keys, seed: int) -> Any:
-    """Trains a FAISS index on a seeded sample of the keys and adds them all, in order of id.
+def make_index(spec: str, width: int) -> Any:
+    """An empty FAISS index of a factory string.
 
     Raises:
-        MemdecError: too few keys to train on.
+        MemdecError: FAISS does not know it, or FAISS is missing.
     """
-    index = _factory(spec, keys.width)
-    if not index.is_trained:
-        wanted = min(keys.size, max(_lists(index), _LEAST_LISTS) * _TRAINING_KEYS_A_LIST)
-        chosen = np.sort(np.random.default_rng(seed).choice(keys.size, wanted, replace=False))
-        try:
-            index.train(keys.pick(chosen).astype(np.float32))
-        except RuntimeError as error:
-            raise MemdecError(
-                f"FAISS cannot train {spec} on {wanted} keys: {_reason(error)}"
-            ) from None
-    with Progress(f"index {spec}", keys.size, "keys") as progress:
-        for start in range(0, keys.size, _KEYS_A_CHUNK):
-            stop = min(start + _KEYS_A_CHUNK, keys.size)
-            index.add(keys.read(start, stop).astype(np.float32))
-            progress.advance(stop - start)
-    return index
-
-
-def write_faiss(index: Any, file: IO[bytes]) -> None:
-    faiss = _faiss()
-    faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-
-
-def _factory(spec: str, width: int) -> Any:
     try:
-        return _faiss().index_factory(width, spec)
+        return load_faiss().index_factory(width, spec)
     except RuntimeError as error:
         raise MemdecError(
-            f"FAISS makes no index of width {width} from {spec!r}: {_reason(error)}"
+            f"FAISS makes no index of width {width} from {spec!r}: {reason(error)}"
         ) from None
 
 
-def _lists(index: Any) -> int:
+def count_lists(index: Any) -> int:
     """Number of inverted lists, 0 for an index without."""
-    inverted_lists = _faiss().try_extract_index_ivf(index)
+    inverted_lists = load_faiss().try_extract_index_ivf(index)
     return inverted_lists.nlist if inverted_lists else 0
 
 
-def _reason(error: RuntimeError) -> str:
+def reason(error: RuntimeError) -> str:
     """FAISS's own words, without the place in its source that comes before them."""
     return str(error).rsplit(":", 1)[-1].strip()
 
 
-def _faiss() -> ModuleType:
+def load_faiss() -> ModuleType:
     try:
         import faiss
     except ImportError:

@@ -14,6 +14,7 @@ import torch
 
 from memdec.console import Progress
 from memdec.data.corpus import TokenStream, block_batches, rows_between
+from memdec.data.shards import Shard
 from memdec.errors import MemdecError
 from memdec.modeling.key_layer import KeyRecorder
 
@@ -64,7 +65,7 @@ class ComputedKeys:
 
     Args:
         recorder: around the teacher, which is on its device.
-        shards: (start, stop) of each shard; no pass is longer than one.
+        shards: of the keys where they are kept; no pass reaches into the next one.
         batch_blocks: blocks of `block_size` tokens in a pass.
     """
 
@@ -72,7 +73,7 @@ class ComputedKeys:
         self,
         recorder: KeyRecorder,
         stream: TokenStream,
-        shards: Sequence[tuple[int, int]],
+        shards: Sequence[Shard],
         block_size: int,
         batch_blocks: int,
     ) -> None:
@@ -80,14 +81,19 @@ class ComputedKeys:
         self._stream = stream
         self._passes = [
             bounds
-            for start, stop in shards
-            for bounds in block_batches(start, stop, block_size, batch_blocks)
+            for shard in shards
+            for bounds in block_batches(shard.start, shard.stop, block_size, batch_blocks)
         ]
         self._firsts = [first for first, _, _ in self._passes]
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0))
         self.layer = recorder.name
         self.size = stream.positions
         self.width = _forward(recorder, stream.read(0, 1)[None]).shape[1]
+
+    def of_shards(self, shards: Sequence[Shard]) -> Iterator[np.ndarray]:
+        """Keys of the shards, in order and in parts, one for each forward pass."""
+        for shard in shards:
+            yield from self.passes(shard.start, shard.stop)
 
     def passes(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Keys [start, stop) in parts, one for each forward pass."""
@@ -105,14 +111,14 @@ class ComputedKeys:
         return np.concatenate(list(self.passes(start, stop)))
 
     def pick(self, ids: np.ndarray) -> np.ndarray:
-        parts = []
-        with Progress("keys to train the index", self.size, "tokens") as progress:
+        parts = [np.empty((0, self.width), np.float16)]
+        with Progress("keys to train the index", len(ids), "keys") as progress:
             for start in range(0, self.size, _KEYS_A_READ):
                 stop = min(start + _KEYS_A_READ, self.size)
                 chosen = ids[(ids >= start) & (ids < stop)]
                 if len(chosen):
                     parts.append(self.read(start, stop)[chosen - start])
-                progress.advance(stop - start)
+                    progress.advance(len(chosen))
         return np.concatenate(parts)
 
 

@@ -6,23 +6,25 @@ says (:mod:`memdec.data.sources`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from memdec.config import Config, option, require
-from memdec.console import Progress, say
-from memdec.data.artefact import Artefact, StageWriter, file_sha256, stage
+from memdec.console import say
+from memdec.data.artefact import Artefact, StageWriter, file_sha256
 from memdec.data.calibration import calibrate
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
+from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:  # torch is slow to import, and --help needs the config alone
     import torch
+    from accelerate import PartialState
 
     from memdec.data.sources import Source
     from memdec.ops import SparseTargets
@@ -112,18 +114,24 @@ class TargetsConfig(Config):
 def targets(config: TargetsConfig, out: Path) -> Artefact:
     """Stores a distribution for every train position.
 
+    Of several processes (``accelerate launch``) each makes and writes a share of the shards, to the
+    bytes that one would write.
+
     Raises:
         MemdecError: a datastore of other tokens, of another teacher or of other blocks, k above its
             size, a file of other tokens.
     """
-    from memdec.modeling.loading import model_fingerprint, pick_device
+    from memdec.modeling.loading import model_fingerprint
+    from memdec.processes import join_processes, own_device, shared_stage
 
+    processes = join_processes(config.device)
+    config = replace(config, device=own_device(processes, config.device))
     corpus = TokenCorpus.open(config.tokens)
     store = None
     inputs = {"tokens": corpus.fingerprint}
     block_size = config.block_size or _BLOCK_SIZE
     if config.datastore is not None:
-        store = Datastore.open(config.datastore, str(pick_device(config.device)))
+        store = Datastore.open(config.datastore, config.device)
         made_of = store.artefact.manifest["inputs"]
         _refuse_other("tokens", config.tokens, made_of["tokens"], corpus.fingerprint)
         if config.model is not None:
@@ -142,11 +150,12 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
     if config.file is not None:
         inputs["file"] = _file_fingerprint(config.file)
     # The model is the teacher, for the stage train to compare with its own.
-    with stage(out, KIND, _params(config, block_size), inputs) as writer:
+    with shared_stage(processes, out, KIND, _params(config, block_size), inputs) as writer:
         if writer.finished:
             say(f"targets: already done in {out}")
-            return Artefact.open(out, KIND)
-        return _write(config, corpus, store, block_size, writer)
+        else:
+            _write(config, processes, corpus, store, block_size, writer)
+        return Artefact.open(out, KIND)
 
 
 def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
@@ -176,56 +185,66 @@ def _refuse_other(what: str, name: Path | str, expected: str, found: str) -> Non
 
 def _write(
     config: TargetsConfig,
+    processes: PartialState,
     corpus: TokenCorpus,
     store: Datastore | None,
     block_size: int,
     writer: StageWriter,
-) -> Artefact:
-    chosen = _choose(config, corpus, store, writer)
+) -> None:
+    chosen = _choose(config, processes, corpus, store, writer)
     stream = corpus.split("train")
-    size = stream.positions
-    shard_rows = _params(config, block_size)["shard_rows"]
-    bounds = [(start, min(start + shard_rows, size)) for start in range(0, size, shard_rows)]
-    names = [_shard_name(number) for number in range(len(bounds))]
-    left = [
-        (name, edges) for name, edges in zip(names, bounds, strict=True) if not writer.has(name)
-    ]
-    done = size - sum(stop - start for _, (start, stop) in left)
+    shards = cut(stream.positions, _params(config, block_size)["shard_rows"], _shard_name)
     source = _source(config, corpus, store, block_size, chosen)
-    with Progress("targets", size, "rows", done) as progress:
-        for name, (start, stop) in left:
-            parts = []
-            for part in source.rows(start, stop):
-                parts.append(part)
-                progress.advance(len(part))
-            labels = stream.read(start + 1, stop + 1)
-            _write_shard(writer, name, parts, np.arange(start, stop), labels)
-    shards = [_open_shard(writer.file(name)) for name in names]
-    dropped = [shard["dropped_mass"] for shard in shards if "dropped_mass" in shard]
-    if config.source != "mixture":
-        del chosen["lmbda"]
-    return writer.finish(
-        rows=size,
+
+    def rows(shards: Sequence[Shard]) -> Iterator[SparseTargets]:
+        for shard in shards:
+            yield from source.rows(shard.start, shard.stop)
+
+    def save(shard: Shard, parts: list[SparseTargets], file: IO[bytes]) -> None:
+        positions = np.arange(shard.start, shard.stop)
+        _save_shard(parts, positions, stream.read(shard.start + 1, shard.stop + 1), file)
+
+    write_shards(processes, writer, shards, rows, save, "targets", "rows")
+    if processes.is_main_process:
+        if config.source != "mixture":
+            del chosen["lmbda"]
+        _finish(writer, shards, block_size, chosen)
+    processes.wait_for_everyone()
+
+
+def _finish(
+    writer: StageWriter, shards: Sequence[Shard], block_size: int, chosen: dict[str, Any]
+) -> None:
+    opened = [_open_shard(writer.file(shard.name)) for shard in shards]
+    dropped = [arrays["dropped_mass"] for arrays in opened if "dropped_mass" in arrays]
+    writer.finish(
+        rows=sum(map(len, shards)),
         block_size=block_size,
-        entries=sum(len(shard["token_ids"]) for shard in shards),
+        entries=sum(len(arrays["token_ids"]) for arrays in opened),
         shards=len(shards),
-        dtypes={name: str(array.dtype) for name, array in shards[0].items()},
+        dtypes={name: str(array.dtype) for name, array in opened[0].items()},
         **chosen,
         mean_dropped_mass=float(np.concatenate(dropped).mean(dtype=np.float64)) if dropped else 0.0,
     )
 
 
 def _choose(
-    config: TargetsConfig, corpus: TokenCorpus, store: Datastore | None, writer: StageWriter
+    config: TargetsConfig,
+    processes: PartialState,
+    corpus: TokenCorpus,
+    store: Datastore | None,
+    writer: StageWriter,
 ) -> dict[str, Any]:
     """Temperature and lmbda, given or chosen on validation, and how they were chosen, if so."""
+    from accelerate.utils import broadcast_object_list
+
     chosen = {"temperature": config.temperature, "lmbda": config.lmbda, "calibration": None}
     wanted = {"knn": ("temperature",), "mixture": ("temperature", "lmbda")}
     open_ones = [name for name in wanted.get(config.source, ()) if chosen[name] is None]
     if not open_ones:
         return chosen
     calibration = writer.note("calibration")
-    if calibration is None:
+    if calibration is None and processes.is_main_process:
         assert config.model is not None  # TargetsConfig.check
         assert store is not None
         calibration = calibrate(
@@ -238,6 +257,7 @@ def _choose(
             lmbda=config.lmbda,
         )
         writer.set_note("calibration", calibration)
+    (calibration,) = broadcast_object_list([calibration])
     return {**chosen, "calibration": calibration} | {name: calibration[name] for name in open_ones}
 
 
@@ -274,12 +294,8 @@ def _source(
     return teacher if knn is None else MixtureSource(teacher, knn, chosen["lmbda"])
 
 
-def _write_shard(
-    writer: StageWriter,
-    name: str,
-    parts: list[SparseTargets],
-    positions: np.ndarray,
-    labels: np.ndarray,
+def _save_shard(
+    parts: list[SparseTargets], positions: np.ndarray, labels: np.ndarray, file: IO[bytes]
 ) -> None:
     import torch
     from safetensors.torch import save
@@ -296,7 +312,7 @@ def _write_shard(
     }
     if rows.dropped_mass is not None:
         tensors["dropped_mass"] = rows.dropped_mass
-    writer.write(name, lambda file: file.write(save(tensors)))
+    file.write(save(tensors))
 
 
 def _shard_name(number: int) -> str:

@@ -46,7 +46,7 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
         load_tokenizer,
         model_fingerprint,
     )
-    from memdec.training.processes import join_processes, shared_stage
+    from memdec.processes import join_processes, shared_stage
     from memdec.training.trainer import best_row, fit
 
     processes = join_processes(config.device)

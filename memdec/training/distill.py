@@ -76,7 +76,7 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         model_fingerprint,
     )
     from memdec.modeling.memory_init import initial_memory
-    from memdec.training.processes import join_processes, shared_stage
+    from memdec.processes import join_processes, shared_stage
     from memdec.training.trainer import best_row, fit
 
     processes = join_processes(config.device)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +31,7 @@ _SHARD_SIZES = {
     "memdec.data.datastore.SHARD_POSITIONS": 160,
     "memdec.data.targets.SHARD_ROWS": 128,
     "memdec.data.sources._ROWS_A_SEARCH": 32,
+    "memdec.data.build_index._KEYS_A_CHUNK": 100,
 }
 
 
@@ -116,10 +118,10 @@ def start(target: Callable[..., object], *arguments: Any) -> BaseProcess:
             "transformers.models.llama.modeling_llama",
             "memdec.data.sources",
             "memdec.data.targets",
-            "memdec.data.index",
+            "memdec.data.build_index",
             "memdec.evaluation.forward",
             "memdec.modeling.key_layer",
-            "memdec.modeling.loading",
+            "memdec.processes",
         ]
     )
     process = context.Process(target=target, args=arguments)
@@ -152,6 +154,27 @@ def stage_in_child(name: str, values: dict[str, Any], out: Path, steps: int = 0)
     os.replace = counted
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         run_stage(name, values, out)
+
+
+def start_team(
+    count: int, name: str, values: dict[str, Any], out: Path, dying: int = -1, steps: int = 0
+) -> list[BaseProcess]:
+    """Starts a stage in `count` processes, as a launcher would; the `dying`-th has only `steps`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        start(_in_team, rank, count, port, name, values, out, steps if rank == dying else 0)
+        for rank in range(count)
+    ]
+
+
+def _in_team(rank: int, count: int, port: int, *arguments: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # FAISS's too
+    if count > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+        os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    stage_in_child(*arguments)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -245,7 +245,7 @@ def test_keys_that_are_not_kept_give_the_same_index_and_targets(
 
     if shards == "small shards":
         set_small_shards(monkeypatch.setattr)
-        monkeypatch.setattr("memdec.data.index._KEYS_A_CHUNK", 100)
+        monkeypatch.setattr("memdec.data.build_index._KEYS_A_CHUNK", 100)
         monkeypatch.setattr("memdec.data.keys._KEYS_A_READ", 70)
     options = {**options, "index": "IVF8,SQfp16", "nprobe": 2, "batch_blocks": 3}
     common = {"tokens": tiny / "tokens", "model": str(tiny / "model"), "device": "cpu"}

@@ -11,10 +11,12 @@ import torch
 from data_tiny import needs_faiss
 
 from memdec.data import exact as exact_module
+from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex, _unpack, smallest
-from memdec.data.index import FaissIndex, build_faiss, choose_index, write_faiss
+from memdec.data.index import FaissIndex, choose_index
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
+from memdec.processes import join_processes
 
 WIDTH = 24
 
@@ -203,9 +205,13 @@ def test_a_query_far_from_equal_keys_is_answered(device):
 # FAISS
 
 
+def built(spec: str, keys: list[np.ndarray], seed: int = 0):
+    return build_faiss(join_processes("cpu"), Path("unused"), spec, StoredKeys(keys), seed)
+
+
 def saved(spec: str, keys: list[np.ndarray], path: Path, seed: int = 0) -> Path:
     with open(path, "wb") as file:
-        write_faiss(build_faiss(spec, StoredKeys(keys), seed), file)
+        write_faiss(built(spec, keys, seed), file)
     return path
 
 
@@ -289,7 +295,7 @@ def test_too_few_keys_to_train_on():
     with pytest.raises(MemdecError, match="IVF64,Flat has 64 lists, more than the 20 keys"):
         choose_index("IVF64,Flat", 20, WIDTH)
     with pytest.raises(MemdecError, match=r"FAISS cannot train PQ4x8 on 100 keys: .*\(100\)"):
-        build_faiss("PQ4x8", StoredKeys([make_keys(100)]), 0)
+        built("PQ4x8", [make_keys(100)])
 
 
 def test_faiss_is_asked_for_only_where_it_is_needed(monkeypatch):
