@@ -6,8 +6,9 @@ which of several equal distances it returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from memdec.console import say
 from memdec.data.corpus import rows_between
+from memdec.data.in_flight import InFlight, in_order, to_device
 from memdec.errors import MemdecError
 
 _QUERIES_A_BATCH = 1024
@@ -29,74 +32,151 @@ _NORM_UNIT = 256.0  # of a query's norm, which may exceed every key's
 _ALIGNMENT = 8  # columns of float16 that are 16 bytes, as tensor cores want them
 
 
+@dataclass(frozen=True)
+class Found:
+    """Neighbours of n queries, where they were found; perhaps still being looked for there.
+
+    Attributes:
+        distances: squared, float32 [n, k]; infinite where there is no neighbour.
+        ids: int64 [n, k]; -1 where there is none.
+        wrong: a bool; whether a query was none, which only :meth:`check` waits for.
+    """
+
+    distances: Tensor
+    ids: Tensor
+    wrong: Tensor
+
+    @staticmethod
+    def check(wrong: Tensor) -> None:
+        """Raises :class:`MemdecError` if there was a wrong query."""
+        if wrong:
+            raise MemdecError(
+                "a query is not a number, or too far from all keys to tell them apart; "
+                "expected keys of the same layer of the same model"
+            )
+
+    def on_host(self) -> InFlight[tuple[np.ndarray, np.ndarray]]:
+        """Distances and ids, checked, on their way."""
+
+        def finish(distances: Tensor, ids: Tensor, wrong: Tensor) -> tuple[np.ndarray, np.ndarray]:
+            self.check(wrong)
+            return distances.numpy(), ids.numpy()
+
+        return InFlight([self.distances, self.ids, self.wrong], finish)
+
+
 class ExactIndex:
     """Exact search over float16 keys, in order of (squared L2 distance, id).
 
     Distances are float32 sums around the mean key, which keeps the digits that
     ``|q|^2 + |x|^2 - 2 q.x`` would lose to a large common offset. Where memory allows, the prepared
-    keys stay; else they are made anew from the memory map for each batch of queries.
+    keys stay; else they are made anew from the memory map for each batch of queries. Blocks of keys
+    have fixed boundaries, so on any number of devices of one kind the answers are the same bits.
 
     Args:
         shards: float16 [n, width] each.
-        device: where to search.
+        devices: where to search. Several share the keys; ``"cuda"`` is the current GPU, or all that
+            are visible when the keys do not fit into one but into all of them.
         halves: multiply pairs of float16 in tensor cores (:class:`_HalfBlock`) instead of float32;
             by default where the device and this torch can.
     """
 
     def __init__(
-        self, shards: Sequence[np.ndarray], device: str, halves: bool | None = None
+        self, shards: Sequence[np.ndarray], devices: str | Sequence[str], halves: bool | None = None
     ) -> None:
-        self._device = torch.device(device)
+        names = [devices] if isinstance(devices, str) else devices
+        self._devices = [torch.device(name) for name in names]
         self._shards = shards
         self._size = sum(map(len, shards))
-        self._halves = _multiplies_halves(self._device) if halves is None else halves
-        sample = torch.from_numpy(shards[0][:_KEYS_OF_THE_CENTRE]).to(self._device)
+        self._halves = _multiplies_halves(self._devices[0]) if halves is None else halves
+        sample = torch.from_numpy(shards[0][:_KEYS_OF_THE_CENTRE]).to(self._devices[0])
         self._centre = sample.float().mean(dim=0)
-        room = _RESIDENT_BYTES
-        if self._device.type == "cuda":
-            room = torch.cuda.mem_get_info(self._device)[0] // 2
-        bytes_a_number = 6 if self._halves else 4
-        is_resident = sum(shard.size for shard in shards) * bytes_a_number <= room
-        self._resident = list(self._blocks()) if is_resident else None
+        needed = sum(shard.size for shard in shards) * (6 if self._halves else 4)
+        if devices == "cuda" and needed > _room(self._devices):
+            every = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+            if needed <= _room(every):
+                say(f"exact search: the keys are spread over {len(every)} GPUs")
+                self._devices = every
+        keys_a_block = _KEYS_A_BLOCK.get(self._devices[0].type, _KEYS_A_BLOCK["cpu"])
+        keys_a_block = min(keys_a_block, _NUMBERS_A_BLOCK // len(self._centre))
+        self._starts = range(0, self._size + keys_a_block, keys_a_block)
+        self._resident: list[list[_Block]] | None = None
+        if needed <= _room(self._devices):
+            count = len(self._devices)
+            self._resident = [
+                list(self._blocks(device, number, count))
+                for number, device in enumerate(self._devices)
+            ]
 
     def search(
         self, queries: np.ndarray, k: int, exclude: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        found = [
-            self._search_batch(
-                queries[start : start + _QUERIES_A_BATCH],
-                k,
-                None if exclude is None else exclude[start : start + _QUERIES_A_BATCH],
-            )
-            for start in range(0, max(len(queries), 1), _QUERIES_A_BATCH)
-        ]
+        batches = self._batches(queries, k, exclude)
+        found = list(in_order(batch.on_host() for batch in batches))
         return (
             np.concatenate([distances for distances, _ in found]),
             np.concatenate([ids for _, ids in found]),
         )
 
-    def _blocks(self) -> Iterator[_Block]:
-        """The prepared keys, in order of id."""
-        keys_a_block = _KEYS_A_BLOCK.get(self._device.type, _KEYS_A_BLOCK["cpu"])
-        keys_a_block = min(keys_a_block, _NUMBERS_A_BLOCK // len(self._centre))
+    def find(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> Found:
+        """As :meth:`search`, on the first device and without waiting for it."""
+        found = list(self._batches(queries, k, exclude))
+        return Found(
+            torch.cat([batch.distances for batch in found]),
+            torch.cat([batch.ids for batch in found]),
+            torch.stack([batch.wrong for batch in found]).any(),
+        )
+
+    def _batches(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> Iterator[Found]:
+        for start in range(0, max(len(queries), 1), _QUERIES_A_BATCH):
+            stop = start + _QUERIES_A_BATCH
+            left_out = None if exclude is None else exclude[start:stop]
+            best, *others = [
+                self._nearest(device, blocks, queries[start:stop], k, left_out)
+                for device, blocks in self._parts()
+            ]
+            if others:
+                others = [part.to(best.device, non_blocking=True) for part in others]
+                best = torch.cat([best, *others], dim=1).sort(dim=1).values[:, :k]
+            distances, ids = _unpack(best)
+            ids = torch.where(torch.isinf(distances), -1, ids)
+            wrong = torch.isnan(distances).any()
+            if self._size > 1:
+                wrong |= (ids[:, 0] < 0).any()
+            yield Found(distances, ids, wrong)
+
+    def _parts(self) -> Iterable[tuple[torch.device, Iterable[_Block]]]:
+        """Each device with its blocks: kept there, or made anew for the first one."""
+        if self._resident is None:
+            return [(self._devices[0], self._blocks(self._devices[0], 0, 1))]
+        return zip(self._devices, self._resident, strict=True)
+
+    def _blocks(self, device: torch.device, number: int, count: int) -> Iterator[_Block]:
+        """Every `count`-th block of prepared keys from the `number`-th on."""
+        centre = self._centre.to(device)
         make = _HalfBlock.make if self._halves else _FloatBlock.make
-        for start in range(0, self._size, keys_a_block):
-            stop = min(start + keys_a_block, self._size)
-            keys = torch.from_numpy(rows_between(self._shards, start, stop)).to(self._device)
+        for start, stop in list(pairwise(self._starts))[number::count]:
+            rows = rows_between(self._shards, start, min(stop, self._size))
             # A matrix product may round its last few columns in another way than the rest; with
             # columns at infinity for an edge, equal keys are at equal distances.
-            yield make(start, keys.float().sub_(self._centre), self._centre)
+            yield make(start, torch.from_numpy(rows).to(device).float().sub_(centre), centre)
 
-    def _search_batch(
-        self, queries: np.ndarray, k: int, exclude: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        centred = torch.from_numpy(queries.astype(np.float32)).to(self._device) - self._centre
-        left_out = None if exclude is None else torch.from_numpy(exclude).to(self._device)[:, None]
+    def _nearest(
+        self,
+        device: torch.device,
+        blocks: Iterable[_Block],
+        queries: np.ndarray,
+        k: int,
+        exclude: np.ndarray | None,
+    ) -> Tensor:
+        """The k nearest among the blocks, packed and in order, on their device."""
+        centred = to_device(np.array(queries), device).float() - self._centre.to(device)
+        left_out = None if exclude is None else to_device(np.array(exclude), device)[:, None]
         best = _pack(
-            torch.full((len(queries), k), torch.inf, device=self._device),
-            torch.zeros(1, dtype=torch.int64, device=self._device),
+            torch.full((len(queries), k), torch.inf, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
         )
-        for block in self._resident or self._blocks():
+        for block in blocks:
             distances = block.distances(centred)
             if left_out is not None:
                 column = (left_out - block.first).clamp(0, distances.shape[1] - 1)
@@ -106,14 +186,16 @@ class ExactIndex:
             near, columns = _unpack(smallest(distances, k))
             near = _pack(near * block.unit, columns + block.first)
             best = torch.cat([best, near], dim=1).sort(dim=1).values[:, :k]
-        near, ids = _unpack(best)
-        ids = torch.where(torch.isinf(near), -1, ids)
-        if torch.isnan(near).any() or (self._size > 1 and (ids[:, 0] < 0).any()):
-            raise MemdecError(
-                "a query is not a number, or too far from all keys to tell them apart; "
-                "expected keys of the same layer of the same model"
-            )
-        return near.cpu().numpy(), ids.cpu().numpy()
+        return best
+
+
+def _room(devices: Sequence[torch.device]) -> int:
+    """Bytes of prepared keys that may stay on all of them together, in equal shares."""
+    least = min(
+        torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _RESIDENT_BYTES
+        for device in devices
+    )
+    return least * len(devices)
 
 
 def smallest(distances: Tensor, k: int) -> Tensor:

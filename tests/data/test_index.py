@@ -155,6 +155,52 @@ def test_queries_beyond_a_batch(device, monkeypatch):
     np.testing.assert_array_equal(ExactIndex([keys], device).search(keys, 5, own)[1], whole[1])
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("devices", [2, 3, 9])
+def test_keys_spread_over_devices_give_the_same_bits(devices, halves, monkeypatch):
+    """Twins and the excluded key lie on different devices; of nine the last have no key."""
+    cut_blocks(monkeypatch, 70)
+    keys = make_keys(400)
+    keys[200:] = keys[np.random.default_rng(0).integers(0, 200, 200)]
+    own = np.arange(3, 400, 7)
+    for k in (1, 90, 399):
+        expected = ExactIndex([keys], "cpu", halves).search(keys[own], k, own)
+        index = ExactIndex([keys], ["cpu"] * devices, halves)
+        assert [len(blocks) for _, blocks in index._parts()][:2] == [-(-6 // devices)] * 2
+        for found, wanted in zip(index.search(keys[own], k, own), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("free", "spread"),
+    [([10_000, 10_000, 10_000], 1), ([3_000, 5_000, 4_500], 3), ([3_000, 5_000, 100], 0)],
+)
+def test_keys_too_large_for_one_gpu_are_spread_over_all(free, spread, monkeypatch, capsys):
+    """With memories made up: of 40 keys' 3,840 bytes half must be free, on each the same share."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (free[torch.device(device).index or 0], 0)
+    )
+    monkeypatch.setattr(exact_module, "_KEYS_OF_THE_CENTRE", 0)
+    monkeypatch.setattr(ExactIndex, "_blocks", lambda self, device, number, count: iter([device]))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+    index = ExactIndex([make_keys(40)], "cuda", halves=False)
+    parts = list(index._parts())
+    assert len(parts) == max(spread, 1)
+    assert (index._resident is None) == (spread == 0)
+    assert ("spread over 3 GPUs" in capsys.readouterr().err) == (spread == 3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_find_what_one_finds():
+    keys = make_keys(5000)
+    own = np.arange(0, 5000, 3)
+    one = ExactIndex([keys], "cuda:0").search(keys[own], 200, own)
+    two = ExactIndex([keys], ["cuda:0", "cuda:1"]).search(keys[own], 200, own)
+    for found, wanted in zip(two, one, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("k", [1, 3, 20, 500, 4095, 4096, 5000])
 @pytest.mark.parametrize("distinct", [4096, 40, 1])
 def test_the_smallest_of_a_row_are_those_of_a_stable_sort(k, distinct):
