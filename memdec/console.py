@@ -6,6 +6,7 @@ processes that a launcher starts only the first talks.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -20,6 +21,12 @@ def say(message: str) -> None:
     """One plain line for the person who runs the command."""
     if not _SILENT:
         print(message, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """:func:`say`, but a message that was said before is not said again."""
+    say(message)
 
 
 class Progress:

@@ -15,6 +15,7 @@ _PACKAGES = (
     "safetensors",
     "faiss-cpu",
     "faiss-gpu",
+    "faiss-gpu-cuvs",
     "datasets",
     "gguf",
 )

@@ -17,7 +17,8 @@ import numpy as np
 
 from memdec.console import Progress
 from memdec.data.artefact import clear_disk_errors
-from memdec.data.index import count_lists, load_faiss, make_index, reason
+from memdec.data.faiss_gpu import ListFiller, train_with, visible_gpus
+from memdec.data.index import count_lists, load_faiss, make_index, plain_lists, reason
 from memdec.data.keys import Keys
 from memdec.errors import MemdecError
 
@@ -31,14 +32,18 @@ _LEAST_LISTS = 256  # a product quantiser of 8 bits has that many centroids to t
 T = TypeVar("T")
 
 
-def build_faiss(processes: PartialState, work: Path, spec: str, keys: Keys, seed: int) -> Any:
+def build_faiss(
+    processes: PartialState, work: Path, spec: str, keys: Keys, seed: int, device: str = "cpu"
+) -> Any:
     """Trains a FAISS index on a seeded sample of the keys and adds them all, in order of id.
 
-    An index without inverted lists cannot be put together from parts: the main process makes it.
+    An index that cannot be put together from parts (:func:`memdec.data.index.plain_lists`) the main
+    process makes alone.
 
     Args:
         processes: they call this together, each with all the keys.
         work: a directory for what several processes hand over; whatever is there goes.
+        device: its GPU helps where FAISS has one.
 
     Returns:
         The index; in processes other than the main one there is no telling what is in it.
@@ -47,28 +52,38 @@ def build_faiss(processes: PartialState, work: Path, spec: str, keys: Keys, seed
         MemdecError: too few keys to train on.
     """
     index = make_index(spec, keys.width)
-    lists = count_lists(index)
-    start, stop = _share(processes, keys.size, whole=not lists)
+    gpus = visible_gpus(device)
+    lists = plain_lists(index)
+    start, stop = _share(processes, keys.size, whole=lists is None)
     team = _Team(processes, work)
     if not index.is_trained:
-        wanted = min(keys.size, max(lists, _LEAST_LISTS) * _TRAINING_KEYS_A_LIST)
+        wanted = max(count_lists(index), _LEAST_LISTS) * _TRAINING_KEYS_A_LIST
+        wanted = min(keys.size, wanted)
         chosen = np.sort(np.random.default_rng(seed).choice(keys.size, wanted, replace=False))
         own = keys.pick(chosen[(chosen >= start) & (chosen < stop)])
         sample = team.to_main("sample", own, _save_array, np.load)
         if processes.is_main_process:
-            _train(index, spec, np.concatenate([*sample]))
+            found = np.concatenate([*sample]).astype(np.float32)
+            try:
+                train_with(gpus, index, lists, found)
+            except RuntimeError as error:
+                raise MemdecError(
+                    f"FAISS cannot train {spec} on {wanted} keys: {reason(error)}"
+                ) from None
         index = team.from_main("trained", index, write_faiss, _read_faiss)
+        lists = plain_lists(index)
+    filler = None if lists is None else ListFiller(gpus, index, lists)
     with Progress(f"index {spec}", keys.size, "keys") as progress:
         for first in range(start, stop, _KEYS_A_CHUNK):
             last = min(first + _KEYS_A_CHUNK, stop)
             part = keys.read(first, last).astype(np.float32)
-            if lists:
-                index.add_with_ids(part, np.arange(first, last))
-            else:
+            if filler is None:
                 index.add(part)
+            else:
+                filler.add(part, np.arange(first, last))
             known = (last - start) * keys.size // (stop - start)
             progress.advance(known - progress.count)
-        if lists:
+        if lists is not None:
             parts = team.to_main("part", index, write_faiss, _read_faiss)
             for part in itertools.islice(parts, 1, None):
                 load_faiss().merge_into(index, part, False)
@@ -83,15 +98,6 @@ def _share(processes: PartialState, size: int, whole: bool) -> tuple[int, int]:
     chunks = -(-size // _KEYS_A_CHUNK)
     start, stop = (chunks * part // count * _KEYS_A_CHUNK for part in (number, number + 1))
     return min(start, size), min(stop, size)
-
-
-def _train(index: Any, spec: str, sample: np.ndarray) -> None:
-    try:
-        index.train(sample.astype(np.float32))
-    except RuntimeError as error:
-        raise MemdecError(
-            f"FAISS cannot train {spec} on {len(sample)} keys: {reason(error)}"
-        ) from None
 
 
 class _Team:

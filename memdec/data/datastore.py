@@ -135,7 +135,7 @@ def _write(
     work = writer.file("index.parts")
     built = None
     if index != EXACT and not writer.has(INDEX):
-        built = build_faiss(processes, work, index, keys, config.seed)
+        built = build_faiss(processes, work, index, keys, config.seed, device)
     if processes.is_main_process:
         if not writer.has(NEXT_TOKENS):
             next_tokens = stream.read(1, len(stream))
@@ -312,4 +312,4 @@ class Datastore:
             shards = self.artefact.manifest["shards"]
             return ExactIndex(_open_keys(self.artefact.path, shards), self.device)
         nprobe = self.artefact.manifest["params"]["nprobe"]
-        return FaissIndex(self.artefact.file(INDEX), nprobe)
+        return FaissIndex(self.artefact.file(INDEX), nprobe, self.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from memdec.console import say_once
 from memdec.errors import MemdecError
 
 EXACT = "Flat"
@@ -37,14 +38,18 @@ def choose_index(spec: str, size: int, width: int) -> str:
 
 
 class FaissIndex:
-    """A FAISS index read from its file."""
+    """A FAISS index read from its file: memory-mapped, or copied to the GPUs of `device`."""
 
-    def __init__(self, path: Path, nprobe: int) -> None:
+    def __init__(self, path: Path, nprobe: int, device: str = "cpu") -> None:
+        from memdec.data.faiss_gpu import copy_to_gpus, visible_gpus
+
         faiss = load_faiss()
         self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         inverted_lists = faiss.try_extract_index_ivf(self._index)
         if inverted_lists is not None:
-            inverted_lists.nprobe = nprobe
+            inverted_lists.nprobe = min(nprobe, inverted_lists.nlist)
+        gpus = visible_gpus(device)
+        self._on_gpus = copy_to_gpus(self._index, gpus) if gpus else None
 
     def search(
         self, queries: np.ndarray, k: int, exclude: np.ndarray | None
@@ -52,7 +57,7 @@ class FaissIndex:
         """FAISS need not return a key first for itself, nor sort, nor find k: -1 is no neighbour."""
         wanted = k if exclude is None else k + 1
         wide = np.ascontiguousarray(queries, dtype=np.float32)
-        distances, ids = self._index.search(wide, wanted)
+        distances, ids = self._search(wide, wanted)
         dropped = ids < 0
         if exclude is not None:
             dropped |= ids == exclude[:, None]
@@ -60,6 +65,22 @@ class FaissIndex:
         ids = np.where(dropped, -1, ids)
         order = np.lexsort((ids, distances), axis=1)[:, :k]
         return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        from memdec.data.faiss_gpu import MOST_NEIGHBOURS
+
+        if self._on_gpus is not None and k > MOST_NEIGHBOURS:
+            say_once(
+                f"FAISS searches on the CPU: {k} neighbours (with the query's own) are asked for, "
+                f"and on a GPU it finds at most {MOST_NEIGHBOURS}"
+            )
+        elif self._on_gpus is not None:
+            try:
+                return self._on_gpus.search(queries, k)
+            except RuntimeError as error:  # out of memory
+                self._on_gpus = None
+                say_once(f"FAISS searches on the CPU from now on: {reason(error)}")
+        return self._index.search(queries, k)
 
 
 def index_cost(spec: str, size: int, width: int) -> tuple[int, int]:
@@ -83,6 +104,19 @@ def make_index(spec: str, width: int) -> Any:
         ) from None
 
 
+def plain_lists(index: Any) -> Any | None:
+    """The inverted lists of an index in which every key has a code of its own, whoever adds it.
+
+    They can be filled in parts and by others than the index itself.
+    """
+    faiss = load_faiss()
+    inner = (
+        faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    )
+    kinds = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
+    return inner if type(inner) in kinds else None
+
+
 def count_lists(index: Any) -> int:
     """Number of inverted lists, 0 for an index without."""
     inverted_lists = load_faiss().try_extract_index_ivf(index)
@@ -99,6 +133,6 @@ def load_faiss() -> ModuleType:
         import faiss
     except ImportError:
         raise MemdecError(
-            "an index other than Flat needs FAISS: pip install faiss-cpu (or faiss-gpu)"
+            "an index other than Flat needs FAISS: pip install faiss-cpu (or, for GPUs, faiss-gpu-cuvs or faiss-gpu)"
         ) from None
     return faiss

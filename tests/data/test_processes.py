@@ -67,7 +67,7 @@ def finish(team: list) -> None:
     [
         "datastore Flat",
         pytest.param("datastore IVF8,SQfp16", marks=needs_faiss),
-        pytest.param("datastore OPQ4,IVF8,PQ4x4, no keys", marks=needs_faiss),
+        pytest.param("datastore PCA8,IVF8,PQ4x4, no keys", marks=needs_faiss),
         pytest.param("datastore HNSW8, no keys", marks=needs_faiss),
         "targets knn",
         "targets mixture",
