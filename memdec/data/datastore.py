@@ -24,9 +24,10 @@ from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
+    import torch
     from accelerate import PartialState
 
-    from memdec.data.exact import ExactIndex
+    from memdec.data.exact import ExactIndex, Found
     from memdec.data.index import FaissIndex
     from memdec.data.keys import ComputedKeys, Keys
 
@@ -254,11 +255,24 @@ class Datastore:
     @cached_property
     def next_tokens(self) -> np.ndarray:
         """The token that follows each position, int32 [size], memory-mapped."""
-        return np.load(self.artefact.file(NEXT_TOKENS), mmap_mode="r")
+        return np.load(self.artefact.file(NEXT_TOKENS), mmap_mode="c")  # as _open_keys
 
     def neighbor_tokens(self, ids: np.ndarray) -> np.ndarray:
         """The next tokens of rows that :meth:`search` found, int32; -1 where the id is."""
         return np.where(ids < 0, np.int32(-1), self.next_tokens[ids])
+
+    def tokens_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """As :meth:`neighbor_tokens`, on the datastore's device."""
+        import torch
+
+        found = self._tokens_on_device[ids.clamp(min=0)]
+        return torch.where(ids < 0, torch.full_like(found, -1), found)
+
+    @cached_property
+    def _tokens_on_device(self) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.next_tokens).to(self.device)
 
     def keys(self, start: int, stop: int) -> np.ndarray:
         """Keys of positions [start, stop), float16, as a new array.
@@ -285,12 +299,29 @@ class Datastore:
         Raises:
             MemdecError: k is not in [1, size], or queries of another width.
         """
+        self._check_search(queries, k)
+        return self._index.search(queries, k, exclude)
+
+    def find(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
+        """As :meth:`search`, on the device; an exact search is only begun."""
+        import torch
+
+        from memdec.data.exact import ExactIndex, Found
+        from memdec.data.in_flight import to_device
+
+        self._check_search(queries, k)
+        if isinstance(self._index, ExactIndex):
+            return self._index.find(queries, k, exclude)
+        device = torch.device(self.device)
+        distances, ids = self._index.search(queries, k, exclude)
+        return Found(to_device(distances, device), to_device(ids, device), torch.tensor(False))
+
+    def _check_search(self, queries: np.ndarray, k: int) -> None:
         require(1 <= k <= self.size, "k", f"in [1, {self.size}] (the datastore's size)", k)
         if queries.ndim != 2 or queries.shape[1] != self.width:
             raise MemdecError(
                 f"queries must be [n, {self.width}], the datastore's width, got {queries.shape}"
             )
-        return self._index.search(queries, k, exclude)
 
     @cached_property
     def _keys(self) -> Keys:

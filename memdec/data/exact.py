@@ -19,7 +19,6 @@ from torch.nn.functional import pad
 from memdec.console import say
 from memdec.data.corpus import rows_between
 from memdec.data.in_flight import InFlight, in_order, to_device
-from memdec.errors import MemdecError
 
 _QUERIES_A_BATCH = 1024
 _KEYS_A_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 19}  # times a batch: the distances that are written
@@ -32,6 +31,12 @@ _NORM_UNIT = 256.0  # of a query's norm, which may exceed every key's
 _ALIGNMENT = 8  # columns of float16 that are 16 bytes, as tensor cores want them
 
 
+WRONG_QUERY = (
+    "a query is not a number, or too far from all keys to tell them apart; "
+    "expected keys of the same layer of the same model"
+)
+
+
 @dataclass(frozen=True)
 class Found:
     """Neighbours of n queries, where they were found; perhaps still being looked for there.
@@ -39,30 +44,20 @@ class Found:
     Attributes:
         distances: squared, float32 [n, k]; infinite where there is no neighbour.
         ids: int64 [n, k]; -1 where there is none.
-        wrong: a bool; whether a query was none, which only :meth:`check` waits for.
+        wrong: a bool; whether a query was none, for an :class:`InFlight` to check.
     """
 
     distances: Tensor
     ids: Tensor
     wrong: Tensor
 
-    @staticmethod
-    def check(wrong: Tensor) -> None:
-        """Raises :class:`MemdecError` if there was a wrong query."""
-        if wrong:
-            raise MemdecError(
-                "a query is not a number, or too far from all keys to tell them apart; "
-                "expected keys of the same layer of the same model"
-            )
-
     def on_host(self) -> InFlight[tuple[np.ndarray, np.ndarray]]:
-        """Distances and ids, checked, on their way."""
-
-        def finish(distances: Tensor, ids: Tensor, wrong: Tensor) -> tuple[np.ndarray, np.ndarray]:
-            self.check(wrong)
-            return distances.numpy(), ids.numpy()
-
-        return InFlight([self.distances, self.ids, self.wrong], finish)
+        """Distances and ids on their way, with the error that a wrong query is."""
+        return InFlight(
+            [self.distances, self.ids],
+            lambda distances, ids: (distances.numpy(), ids.numpy()),
+            {WRONG_QUERY: self.wrong},
+        )
 
 
 class ExactIndex:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from memdec.errors import MemdecError
 
 T = TypeVar("T")
 
@@ -20,12 +22,21 @@ class InFlight(Generic[T]):
 
     Args:
         tensors: as the device will have made them.
-        finish: takes them on the CPU, in order, and makes the result, or raises.
+        finish: takes them on the CPU, in order, and makes the result.
+        errors: message to a bool tensor; the result is a MemdecError where it is true.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], finish: Callable[..., T]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        finish: Callable[..., T],
+        errors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
         self._finish = finish
+        self._errors = {
+            message: flag.to("cpu", non_blocking=True) for message, flag in (errors or {}).items()
+        }
         self._copied: torch.cuda.Event | None = None
         if tensors[0].is_cuda:
             self._copied = torch.cuda.current_stream(tensors[0].device).record_event()
@@ -33,6 +44,9 @@ class InFlight(Generic[T]):
     def result(self) -> T:
         if self._copied is not None:
             self._copied.synchronize()
+        for message, flag in self._errors.items():
+            if flag:
+                raise MemdecError(message)
         return self._finish(*self._copies)
 
 

@@ -6,6 +6,7 @@ Computed keys are the bytes of kept ones: a forward pass has fixed global bounda
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -14,8 +15,8 @@ import torch
 
 from memdec.console import Progress
 from memdec.data.corpus import TokenStream, block_batches, rows_between
+from memdec.data.in_flight import InFlight, in_order, to_device
 from memdec.data.shards import Shard
-from memdec.errors import MemdecError
 from memdec.modeling.key_layer import KeyRecorder
 
 _KEYS_A_READ = 1 << 16
@@ -88,27 +89,50 @@ class ComputedKeys:
         self._last: tuple[int, np.ndarray] = (-1, np.empty(0))
         self.layer = recorder.name
         self.size = stream.positions
-        self.width = _forward(recorder, stream.read(0, 1)[None]).shape[1]
+        # The logits are not needed, and at 150,000 tokens they would be the largest thing in memory.
+        accepted = inspect.signature(recorder.model.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.width = self._forward(stream.read(0, 1)[None]).result().shape[1]
 
     def of_shards(self, shards: Sequence[Shard]) -> Iterator[np.ndarray]:
-        """Keys of the shards, in order and in parts, one for each forward pass."""
-        for shard in shards:
-            yield from self.passes(shard.start, shard.stop)
+        """Keys of whole shards, in order and in parts, one for each forward pass.
 
-    def passes(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Keys [start, stop) in parts, one for each forward pass."""
-        containing = int(np.searchsorted(self._firsts, start, "right")) - 1
-        for number in range(containing, len(self._passes)):
-            first, last, rows = self._passes[number]
-            if first >= stop:
-                break
-            if self._last[0] != number:
-                tokens = self._stream.read(first, last).reshape(rows, -1)
-                self._last = (number, _forward(self._recorder, tokens))
-            yield self._last[1][max(start - first, 0) : stop - first]
+        The next pass runs while the keys of one are taken.
+        """
+        return in_order(
+            self._pass(number)
+            for shard in shards
+            for number in self._containing(shard.start, shard.stop)
+        )
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return np.concatenate(list(self.passes(start, stop)))
+        parts = []
+        for number in self._containing(start, stop):
+            if self._last[0] != number:
+                self._last = (number, self._pass(number).result())
+            first = self._passes[number][0]
+            parts.append(self._last[1][max(start - first, 0) : stop - first])
+        return np.concatenate(parts)
+
+    def _containing(self, start: int, stop: int) -> range:
+        """The numbers of the passes that keys [start, stop) are in."""
+        return range(bisect_right(self._firsts, start) - 1, bisect_left(self._firsts, stop))
+
+    def _pass(self, number: int) -> InFlight[np.ndarray]:
+        first, last, rows = self._passes[number]
+        return self._forward(self._stream.read(first, last).reshape(rows, -1))
+
+    def _forward(self, tokens: np.ndarray) -> InFlight[np.ndarray]:
+        """Keys of `tokens` [rows, length], float16 [rows * length, width]."""
+        input_ids = to_device(tokens.astype(np.int64), self._recorder.model.device)
+        with self._recorder, torch.inference_mode():
+            self._recorder.model(input_ids=input_ids, use_cache=False, **self._options)
+        keys = self._recorder.keys.flatten(0, 1).half()
+        too_large = (
+            f"the input of {self.layer} does not fit float16; name another layer with key_layer"
+        )
+        errors = {too_large: ~torch.isfinite(keys).all()}
+        return InFlight([keys], lambda keys: keys.numpy(), errors)
 
     def pick(self, ids: np.ndarray) -> np.ndarray:
         parts = [np.empty((0, self.width), np.float16)]
@@ -120,19 +144,3 @@ class ComputedKeys:
                     parts.append(self.read(start, stop)[chosen - start])
                     progress.advance(len(chosen))
         return np.concatenate(parts)
-
-
-def _forward(recorder: KeyRecorder, tokens: np.ndarray) -> np.ndarray:
-    """Keys of `tokens` [rows, length], float16 [rows * length, width]."""
-    # The logits are not needed, and at 150,000 tokens they would be the largest thing in memory.
-    accepted = inspect.signature(recorder.model.forward).parameters
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    input_ids = torch.from_numpy(tokens.astype(np.int64)).to(recorder.model.device)
-    with recorder, torch.inference_mode():
-        recorder.model(input_ids=input_ids, use_cache=False, **options)
-    keys = recorder.keys.flatten(0, 1).half()
-    if not bool(torch.isfinite(keys).all()):
-        raise MemdecError(
-            f"the input of {recorder.name} does not fit float16; name another layer with key_layer"
-        )
-    return keys.cpu().numpy()

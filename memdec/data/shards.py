@@ -1,8 +1,13 @@
-"""Writing an artefact's shards: what is left of them, dealt out over the processes."""
+"""Writing an artefact's shards: what is left of them, dealt out over the processes.
+
+A shard is written and hashed while the next ones are made.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -12,6 +17,8 @@ from memdec.data.artefact import StageWriter
 
 if TYPE_CHECKING:  # accelerate is slow to import, and --help does without
     from accelerate import PartialState
+
+_WRITERS = 2  # one may wait for the disk while the other hashes; each holds a shard in memory
 
 Part = TypeVar("Part", bound=Sized)
 
@@ -58,7 +65,11 @@ def write_shards(
     own = left[processes.process_index :: processes.num_processes]
     rows_left, own_rows = sum(map(len, left)), sum(map(len, own))
     total = sum(map(len, shards))
-    with Progress(description, total, unit, total - rows_left) as progress:
+    writing: deque[Future[None]] = deque()
+    with (
+        Progress(description, total, unit, total - rows_left) as progress,
+        ThreadPoolExecutor(_WRITERS) as writers,
+    ):
         made = iter(make(own))
         done = 0
         for shard in own:
@@ -70,5 +81,10 @@ def write_shards(
                 known = total - rows_left + (done + rows) * rows_left // own_rows
                 progress.advance(known - progress.count)
             done += rows
-            writer.write(shard.name, partial(save, shard, parts))
+            if len(writing) == _WRITERS:
+                writing.popleft().result()
+            write = partial(save, shard, parts)
+            writing.append(writers.submit(writer.write, shard.name, write))
+        for written in writing:
+            written.result()
         processes.wait_for_everyone()

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from memdec.config import require
 from memdec.data.corpus import TokenCorpus, TokenStream, block_batches
 from memdec.data.datastore import Datastore
+from memdec.data.exact import WRONG_QUERY, Found
+from memdec.data.in_flight import InFlight, in_order, to_device
 from memdec.errors import MemdecError
 from memdec.ops import SparseTargets, knn_scatter
 
@@ -49,21 +51,38 @@ class KnnSource:
     max_entries: int | None
 
     def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
-        for first in range(start, stop, _ROWS_A_SEARCH):
-            distances, tokens = self.neighbours(first, min(first + _ROWS_A_SEARCH, stop))
-            yield knn_scatter(
-                distances, tokens, temperature=self.temperature, max_entries=self.max_entries
-            ).to("cpu")
+        starts = range(start, stop, _ROWS_A_SEARCH)
+        return in_order(self._rows(first, min(first + _ROWS_A_SEARCH, stop)) for first in starts)
 
-    def neighbours(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared distances and next tokens, [rows, k]; a row's own key is left out by id."""
-        keys = self.store.keys(start, stop)
-        distances, ids = self.store.search(keys, self.k, exclude=np.arange(start, stop))
-        tokens = self.store.neighbor_tokens(ids)
-        return (
-            torch.from_numpy(distances).to(self.store.device),
-            torch.from_numpy(tokens).to(self.store.device),
+    def _rows(self, start: int, stop: int) -> InFlight[SparseTargets]:
+        found = self.find(start, stop)
+        tokens = self.store.tokens_of(found.ids)
+        rows = knn_scatter(
+            found.distances, tokens, temperature=self.temperature, max_entries=self.max_entries
         )
+        return _to_host(rows, {WRONG_QUERY: found.wrong})
+
+    def find(self, start: int, stop: int) -> Found:
+        """The k neighbours of each position; its own key is left out by id."""
+        keys = self.store.keys(start, stop)
+        return self.store.find(keys, self.k, exclude=np.arange(start, stop))
+
+
+@dataclass(frozen=True)
+class Top:
+    """A teacher's most probable tokens at positions [start, stop).
+
+    Attributes:
+        log_probs: [positions, top_m].
+        tokens: [positions, top_m].
+        errors: what an :class:`InFlight` checks: that its logits are neither NaN nor infinite.
+    """
+
+    start: int
+    stop: int
+    log_probs: torch.Tensor
+    tokens: torch.Tensor
+    errors: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,28 +107,23 @@ class TeacherSource:
         require(self.top_m <= self.vocab_size, "top_m", expected, self.top_m)
 
     def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
-        for _, _, log_probs, tokens in self.top(start, stop):
-            yield _sparse_rows(log_probs, tokens, None)
+        return in_order(
+            _sparse_rows(top.log_probs, top.tokens, None, top.errors)
+            for top in self.top(start, stop)
+        )
 
-    def top(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        """First and last position of a pass, log-probabilities and tokens, [rows, top_m] both.
-
-        Raises:
-            MemdecError: the teacher's logits are NaN or infinite.
-        """
+    def top(self, start: int, stop: int) -> Iterator[Top]:
         for first, last, blocks in block_batches(start, stop, self.block_size, self.batch_blocks):
-            tokens = torch.from_numpy(self.stream.read(first, last).astype(np.int64))
+            tokens = self.stream.read(first, last).reshape(blocks, -1).astype(np.int64)
+            input_ids = to_device(tokens, self.model.device)
             with torch.inference_mode():
-                logits = self.model(
-                    input_ids=tokens.view(blocks, -1).to(self.model.device), use_cache=False
-                ).logits
+                logits = self.model(input_ids=input_ids, use_cache=False).logits
                 parts = [self._top_of_block(block) for block in logits]
-            log_probs = torch.cat([values for values, _ in parts])
-            if not bool(torch.isfinite(log_probs).all()):
-                raise MemdecError(
-                    f"the teacher's logits at positions {first} to {last} are no numbers"
-                )
-            yield first, last, log_probs, torch.cat([ids for _, ids in parts])
+                log_probs = torch.cat([values for values, _ in parts])
+                no_numbers = ~torch.isfinite(log_probs).all()
+            message = f"the teacher's logits at positions {first} to {last} are no numbers"
+            ids = torch.cat([ids for _, ids in parts])
+            yield Top(first, last, log_probs, ids, {message: no_numbers})
 
     def _top_of_block(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A block at a time: a batch's logits in float32 could be the largest thing in memory."""
@@ -131,24 +145,29 @@ class MixtureSource:
     lmbda: float
 
     def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
-        for first, last, log_probs, tokens in self.teacher.top(start, stop):
-            distances, neighbour_tokens = self.knn.neighbours(first, last)
-            scores = (-distances / self.knn.temperature).masked_fill(
-                neighbour_tokens < 0, -torch.inf
-            )
-            alone = torch.isinf(scores).all(dim=1, keepdim=True)
-            lmbda = torch.where(alone, 0.0, self.lmbda)
-            near = scores.softmax(dim=1).masked_fill(alone, 0.0).log()
-            yield _sparse_rows(
-                torch.cat([log_probs + torch.log1p(-lmbda), near + lmbda.log()], dim=1),
-                torch.cat([tokens, neighbour_tokens], dim=1),
-                self.knn.max_entries,
-            )
+        return in_order(self._rows(top) for top in self.teacher.top(start, stop))
+
+    def _rows(self, top: Top) -> InFlight[SparseTargets]:
+        found = self.knn.find(top.start, top.stop)
+        tokens = self.knn.store.tokens_of(found.ids)
+        scores = (-found.distances / self.knn.temperature).masked_fill(tokens < 0, -torch.inf)
+        alone = torch.isinf(scores).all(dim=1, keepdim=True)
+        lmbda = torch.where(alone, 0.0, self.lmbda)
+        near = scores.softmax(dim=1).masked_fill(alone, 0.0).log()
+        return _sparse_rows(
+            torch.cat([top.log_probs + torch.log1p(-lmbda), near + lmbda.log()], dim=1),
+            torch.cat([top.tokens, tokens], dim=1),
+            self.knn.max_entries,
+            {**top.errors, WRONG_QUERY: found.wrong},
+        )
 
 
 def _sparse_rows(
-    log_weights: torch.Tensor, tokens: torch.Tensor, max_entries: int | None
-) -> SparseTargets:
+    log_weights: torch.Tensor,
+    tokens: torch.Tensor,
+    max_entries: int | None,
+    errors: dict[str, torch.Tensor],
+) -> InFlight[SparseTargets]:
     """Rows from weighed tokens [rows, n], repeats summed; what is missing to a mass of 1 is dropped.
 
     A minus log-weight is a distance at temperature 1.
@@ -158,7 +177,14 @@ def _sparse_rows(
     if rows.dropped_mass is not None:
         mass *= 1 - rows.dropped_mass
     dropped = (1 - mass).clamp(min=0).float()
-    return SparseTargets(rows.indptr, rows.token_ids, rows.probs, dropped).to("cpu")
+    return _to_host(SparseTargets(rows.indptr, rows.token_ids, rows.probs, dropped), errors)
+
+
+def _to_host(rows: SparseTargets, errors: dict[str, torch.Tensor]) -> InFlight[SparseTargets]:
+    parts = [rows.indptr, rows.token_ids, rows.probs]
+    if rows.dropped_mass is not None:
+        parts.append(rows.dropped_mass)
+    return InFlight(parts, lambda *parts: SparseTargets(*parts).compact(), errors)
 
 
 class FileSource:

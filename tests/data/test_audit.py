@@ -174,11 +174,9 @@ def test_too_much_dropped_mass_fails(tiny, datastore_dir, made):
 
 
 def test_rows_that_count_the_position_itself_fail(tiny, datastore_dir, tmp_path, monkeypatch):
-    search = ExactIndex.search
+    find = ExactIndex.find
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ExactIndex, "search", lambda self, queries, k, _: search(self, queries, k, None)
-        )
+        patch.setattr(ExactIndex, "find", lambda self, queries, k, _: find(self, queries, k, None))
         targets(make_config(tiny, datastore_dir, max_entries=None), tmp_path / "targets")
     assert run(tiny, datastore_dir, tmp_path / "targets")[2] == ["rows made again"]
 

@@ -149,9 +149,7 @@ def test_without_memory_the_cpu_searches(full, gpus, tmp_path, capsys):
     assert said.endswith("out of memory\n")
 
 
-@pytest.mark.parametrize(
-    "spec", ["IVF8,Flat", "IVF8,SQfp16", "PCA16,IVF8,PQ4x4"]
-)
+@pytest.mark.parametrize("spec", ["IVF8,Flat", "IVF8,SQfp16", "PCA16,IVF8,PQ4x4"])
 @pytest.mark.parametrize("full", [None, "copy"])
 def test_an_index_built_with_a_gpu_is_the_same(spec, full, gpus, capsys):
     """The stand-in rounds as the CPU does, so the bytes tell that nothing was left out."""

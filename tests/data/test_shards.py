@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from memdec.data.shards import cut, write_shards
+from memdec.errors import MemdecError
 
 
 class Writer:
@@ -70,3 +72,45 @@ def test_nothing_is_left():
 def test_the_share_of_the_main_process_stands_for_all(capsys):
     run(Writer("shard 1"), 0, 2)
     assert "numbers: 35 numbers in" in capsys.readouterr().err
+
+
+def test_a_shard_is_written_while_the_next_is_made():
+    made = threading.Event()
+
+    class Waiting(Writer):
+        def write(self, name, write):
+            if name == "shard 0":
+                assert made.wait(10)
+            super().write(name, write)
+
+    class Made(SimpleNamespace):
+        def __len__(self):
+            return self.rows
+
+    def make(shards):
+        for shard in shards:
+            if shard.name == "shard 1":
+                made.set()
+            yield Made(rows=len(shard))
+
+    processes = SimpleNamespace(
+        process_index=0, num_processes=1, wait_for_everyone=lambda: None
+    )
+    writer = Waiting()
+    shards = cut(45, 10, "shard {}".format)
+    write_shards(processes, writer, shards, make, lambda *_: None, "numbers", "numbers")
+    assert len(writer.files) == 5
+
+
+def test_a_shard_that_cannot_be_written_ends_the_stage():
+    class Full(Writer):
+        def write(self, name, write):
+            if name == "shard 1":
+                raise MemdecError("the disk is full")
+            super().write(name, write)
+
+    writer = Full()
+    with pytest.raises(MemdecError, match="the disk is full"):
+        run(writer)
+    assert "shard 0" in writer.files
+    assert "shard 4" not in writer.files

@@ -105,10 +105,10 @@ def test_a_position_without_neighbours_has_the_teachers_part_alone(tiny, datasto
     from memdec.data.sources import KnnSource, MixtureSource, TeacherSource
 
     class Lonely(KnnSource):
-        def neighbours(self, start, stop):
-            distances, tokens = super().neighbours(start, stop)
-            distances[1], tokens[1] = torch.inf, -1
-            return distances, tokens
+        def find(self, start, stop):
+            found = super().find(start, stop)
+            found.distances[1], found.ids[1] = torch.inf, -1
+            return found
 
     model, stream = load_model(tiny / "model"), corpus.split("train")
     teacher = TeacherSource(model, stream, VOCAB, 20, BLOCK, 4)
