@@ -14,6 +14,7 @@ import numpy as np
 from memdec.config import Config, option, require
 from memdec.console import Progress
 from memdec.data.artefact import check_input
+from memdec.data.contexts import Contexts, contexts_of
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
@@ -103,7 +104,8 @@ def audit(config: AuditConfig) -> int:
         if datastore is not None:
             intact = all(check.passed for check in checks)
             stored = rows.targets if intact and store.source == "knn" else None
-            search = _Search(store, datastore, positions, corpus.vocab_size)
+            contexts = contexts_of(store.drop_same_context, corpus)
+            search = _Search(store, datastore, positions, corpus.vocab_size, contexts)
             result["recall"] = search.run(stored)
             checks += search.checks(config.min_recall)
     passed = all(check.passed for check in checks)
@@ -204,12 +206,18 @@ class _Search:
     """The index's answers for the sampled rows, against exhaustive search and the stored rows."""
 
     def __init__(
-        self, store: TargetStore, datastore: Datastore, positions: np.ndarray, vocab_size: int
+        self,
+        store: TargetStore,
+        datastore: Datastore,
+        positions: np.ndarray,
+        vocab_size: int,
+        contexts: Contexts | None,
     ) -> None:
         self.store = store
         self.datastore = datastore
         self.positions = positions
         self.vocab_size = vocab_size
+        self.contexts = contexts
         self.unsorted = 0
         self.with_self = 0
         self.recall = 0.0
@@ -231,6 +239,11 @@ class _Search:
                     (truths, hits), _exhaustive(self.datastore, keys, self.store.k, own, ids)
                 )
                 if stored is not None:
+                    if self.contexts is not None:
+                        windows = self.contexts.windows(self.contexts.tokens, own)
+                        distances, ids = self.contexts.search(
+                            self.datastore, keys, windows, self.store.k, own
+                        )
                     rows = stored[start : start + len(own)]
                     differences.append(self._differences(rows, distances, ids))
                 progress.advance(len(own))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from memdec.console import Progress, say
+from memdec.data.contexts import Contexts
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.errors import MemdecError
@@ -24,12 +25,13 @@ def calibrate(
     *,
     temperature: float | None = None,
     lmbda: float | None = None,
+    contexts: Contexts | None = None,
 ) -> dict[str, Any]:
     """Tries temperatures on the first `positions` positions of validation, or takes the one given.
 
     Each is judged by the mean nll of ``(1 - lmbda) p_teacher + lmbda p_knn`` at `lmbda`, or at its
-    best lmbda. The spread that scales the temperatures is the median over queries of the standard deviation of
-    their k squared distances.
+    best lmbda. The spread that scales the temperatures is the median over queries of the standard
+    deviation of their k squared distances. Neighbours are looked for as `contexts` does, if given.
 
     Returns:
         ``temperature``, ``lmbda`` and ``nll`` of the best, the ``teacher_nll``, the number of
@@ -39,7 +41,12 @@ def calibrate(
     from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 
     keys, log_probs, labels = _teacher_forced(model_name, datastore, corpus, positions)
-    distances, ids = datastore.search(keys, k)
+    if contexts is None:
+        distances, ids = datastore.search(keys, k)
+    else:
+        tokens = corpus.split("validation").read(0, len(keys))
+        windows = contexts.windows(tokens, np.arange(len(keys)))
+        distances, ids = contexts.search(datastore, keys, windows, k)
     tokens = datastore.neighbor_tokens(ids)
     spread = _spread(distances)
     tried = []

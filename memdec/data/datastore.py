@@ -304,16 +304,21 @@ class Datastore:
 
     def find(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
         """As :meth:`search`, on the device; an exact search is only begun."""
-        import torch
-
-        from memdec.data.exact import ExactIndex, Found
-        from memdec.data.in_flight import to_device
+        from memdec.data.exact import ExactIndex
 
         self._check_search(queries, k)
         if isinstance(self._index, ExactIndex):
             return self._index.find(queries, k, exclude)
+        return self.put(*self._index.search(queries, k, exclude))
+
+    def put(self, distances: np.ndarray, ids: np.ndarray) -> Found:
+        """An answer of :meth:`search`, on the device."""
+        import torch
+
+        from memdec.data.exact import Found
+        from memdec.data.in_flight import to_device
+
         device = torch.device(self.device)
-        distances, ids = self._index.search(queries, k, exclude)
         return Found(to_device(distances, device), to_device(ids, device), torch.tensor(False))
 
     def _check_search(self, queries: np.ndarray, k: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memdec.config import require
+from memdec.data.contexts import Contexts
 from memdec.data.corpus import TokenCorpus, TokenStream, block_batches
 from memdec.data.datastore import Datastore
 from memdec.data.exact import WRONG_QUERY, Found
@@ -49,6 +50,7 @@ class KnnSource:
     k: int
     temperature: float
     max_entries: int | None
+    contexts: Contexts | None = None  # what leaves copies of a position's text out, if anything
 
     def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
         starts = range(start, stop, _ROWS_A_SEARCH)
@@ -64,8 +66,11 @@ class KnnSource:
 
     def find(self, start: int, stop: int) -> Found:
         """The k neighbours of each position; its own key is left out by id."""
-        keys = self.store.keys(start, stop)
-        return self.store.find(keys, self.k, exclude=np.arange(start, stop))
+        keys, own = self.store.keys(start, stop), np.arange(start, stop)
+        if self.contexts is None:
+            return self.store.find(keys, self.k, exclude=own)
+        windows = self.contexts.windows(self.contexts.tokens, own)
+        return self.store.put(*self.contexts.search(self.store, keys, windows, self.k, own))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from memdec.config import Config, option, require
 from memdec.console import say
 from memdec.data.artefact import Artefact, StageWriter, file_sha256
 from memdec.data.calibration import calibrate
+from memdec.data.contexts import contexts_of
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.shards import Shard, cut, write_shards
@@ -35,11 +36,14 @@ SHARD_ROWS = 1 << 14
 
 # The options that each source uses beside tokens, block_size and device.
 _USED = {
-    "knn": ("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
+    "knn": (
+        *("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
+        "drop_same_context",
+    ),
     "teacher": ("model", "top_m", "batch_blocks", "dtype"),
     "mixture": (
         *("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
-        *("top_m", "lmbda", "batch_blocks"),
+        *("drop_same_context", "top_m", "lmbda", "batch_blocks"),
     ),
     "file": ("file", "model"),
 }
@@ -80,6 +84,11 @@ class TargetsConfig(Config):
     max_entries: int | None = option(
         None, help="keep this many of the most probable tokens of a row; by default all"
     )
+    drop_same_context: int = option(
+        0,
+        help="leave out neighbours whose last so many tokens are the position's own: the same text "
+        "elsewhere in the corpus (0: keep them)",
+    )
     calibration_positions: int = option(4096, help="validation positions to choose settings on")
     block_size: int | None = option(
         None, help="tokens the teacher sees at once; by default the datastore's, else 1024"
@@ -93,6 +102,9 @@ class TargetsConfig(Config):
     def check(self) -> None:
         for name in ("k", "calibration_positions", "top_m", "batch_blocks"):
             require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        require(
+            self.drop_same_context >= 0, "drop_same_context", "at least 0", self.drop_same_context
+        )
         for name in ("temperature", "max_entries", "block_size"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "above 0", value)
@@ -161,6 +173,8 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
 def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
     values = config.to_mapping()
     params = {name: values[name] for name in _USED[config.source] if name not in _INPUTS}
+    if not config.drop_same_context:  # the manifest says so where they are dropped
+        params.pop("drop_same_context", None)
     params["shard_rows"] = SHARD_ROWS
     if config.source != "knn":
         params |= {"source": config.source, "block_size": block_size}
@@ -255,6 +269,7 @@ def _choose(
             config.calibration_positions,
             temperature=config.temperature,
             lmbda=config.lmbda,
+            contexts=contexts_of(config.drop_same_context, corpus),
         )
         writer.set_note("calibration", calibration)
     (calibration,) = broadcast_object_list([calibration])
@@ -277,7 +292,8 @@ def _source(
     knn = None
     if store is not None:
         store = store.with_keys_of(config.model, corpus)
-        knn = KnnSource(store, config.k, chosen["temperature"], config.max_entries)
+        contexts = contexts_of(config.drop_same_context, corpus)
+        knn = KnnSource(store, config.k, chosen["temperature"], config.max_entries, contexts)
     if config.source == "knn":
         assert knn is not None
         return knn
@@ -368,6 +384,11 @@ class TargetStore:
     @property
     def k(self) -> int:
         return int(self.artefact.manifest["params"]["k"])
+
+    @property
+    def drop_same_context(self) -> int:
+        """Tokens in which a neighbour's context had to differ; 0 where none was left out."""
+        return int(self.artefact.manifest["params"].get("drop_same_context", 0))
 
     @property
     def temperature(self) -> float:

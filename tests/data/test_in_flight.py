@@ -38,7 +38,7 @@ def test_an_error_comes_in_place_of_the_result():
         for wrong in (False, True)
     ]
     assert flights[0].result() == 1
-    with pytest.raises(MemdecError, match="^two$"):
+    with pytest.raises(MemdecError, match="two"):
         flights[1].result()
 
 

@@ -93,9 +93,7 @@ def test_a_shard_is_written_while_the_next_is_made():
                 made.set()
             yield Made(rows=len(shard))
 
-    processes = SimpleNamespace(
-        process_index=0, num_processes=1, wait_for_everyone=lambda: None
-    )
+    processes = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
     writer = Waiting()
     shards = cut(45, 10, "shard {}".format)
     write_shards(processes, writer, shards, make, lambda *_: None, "numbers", "numbers")
