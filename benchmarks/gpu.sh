@@ -2,7 +2,7 @@
 # Everything that must have run on a GPU after a kernel changed: build, tests, compute-sanitizer,
 # benchmarks. Results and logs go to the folder given; copy the JSON to benchmarks/results/.
 #
-#   benchmarks/gpu.sh OUT [tests] [sanitizer] [benchmarks]
+#   benchmarks/gpu.sh OUT [tests] [sanitizer] [benchmarks] [teacher]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -36,6 +36,15 @@ benchmarks() {
   timeout 400 python3 -m pytest benchmarks --benchmark-only -q -p no:cacheprovider --device cuda \
     --benchmark-json="$out/benchmarks.json" >"$out/benchmarks.log" 2>&1 || tail -30 "$out/benchmarks.log"
   python3 benchmarks/table.py "$out/benchmarks.json"
+}
+
+# Search, overlap and FAISS on the GPU, and the rates of the teacher's stages.
+teacher() {
+  timeout 300 python3 -m pytest tests/data/test_index.py tests/data/test_in_flight.py \
+    tests/data/test_faiss_gpu.py -q -p no:cacheprovider 2>&1 | tee "$out/teacher-tests.log" | tail -30
+  timeout 300 python3 benchmarks/teacher.py --out "$out/teacher.json" >"$out/teacher.log" 2>&1 ||
+    tail -30 "$out/teacher.log"
+  python3 benchmarks/table.py "$out/teacher.json"
 }
 
 build

@@ -106,26 +106,32 @@ def exhaustive(keys: np.ndarray, queries: np.ndarray, k: int, device: str) -> np
     return best.cpu().numpy()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    device, k = arguments.device, arguments.k
-    keys = make_keys(arguments.keys, arguments.width)
-    queries = keys[:: max(len(keys) // arguments.queries, 1)][: arguments.queries].copy()
+def spread(keys: np.ndarray, count: int) -> np.ndarray:
+    """About `count` of the keys, from all over them, as queries."""
+    return keys[:: max(len(keys) // count, 1)][:count].copy()
+
+
+def compare(
+    keys: np.ndarray, queries: np.ndarray, k: int, device: str, rounds: int, float32: bool = True
+) -> list[dict[str, Any]]:
+    """A row a contender; on a GPU those that multiply float32 may be left out."""
     truth = exhaustive(keys, queries[:CHECKED], k, device)
+    on_gpu = device == "cuda"
     rows = []
 
     def add(name: str, search: Callable[[Any], Any], given: Any, found: Any = None) -> None:
         if found is not None:
             np.testing.assert_allclose(found, truth, rtol=1e-3, atol=0.05)
-        took = seconds(lambda: search(given), device, arguments.rounds)
+        took = seconds(lambda: search(given), device, rounds)
         error = None if found is None else float(np.abs(found - truth).max())
         row = {"name": name, "queries_per_second": len(queries) / took, "largest_error": error}
         rows.append(row)
         shown = "" if error is None else f"{error:.1e}"
         print(f"| {name} | {row['queries_per_second']:,.0f} | {shown} |", flush=True)
 
-    print(f"\n| {len(keys):,} keys of {arguments.width}, k = {k} | queries/s | largest error |")
+    print(f"\n| {len(keys):,} keys of {keys.shape[1]}, k = {k} | queries/s | largest error |")
     print("|---|---|---|", flush=True)
-    dtypes = [torch.float32, *([torch.float16] if device == "cuda" else [])]
+    dtypes = [torch.float32] * (float32 or not on_gpu) + [torch.float16] * on_gpu
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         theirs = torch.from_numpy(keys).to(device, dtype)
@@ -139,18 +145,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             plain(given[:CHECKED]).cpu().numpy(),
         )
         del theirs, plain
-    for halves in [False, *([True] if device == "cuda" else [])]:
+    for halves in [False] * (float32 or not on_gpu) + [True] * on_gpu:
         index = ExactIndex([keys], device, halves)
         name = f"memdec, {'pairs of float16' if halves else 'float32'}"
         found = index.search(queries[:CHECKED], k, None)[0]
         add(name, lambda given, index=index: index.search(given, k, None), queries, found)
         if halves:
-            block = next(iter(index._blocks())).keys
+            ((_, blocks),) = index._parts()
+            block = next(iter(blocks)).keys
             wide = torch.randn(len(queries), block.shape[1], device=device).half()
             repeated = block_alone(block, -(-len(keys) // len(block)))
             add("its product alone", batches(repeated), wide)
-            del block, wide, repeated
+            del blocks, block, wide, repeated
         del index
+    return rows
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = arguments.device
+    keys = make_keys(arguments.keys, arguments.width)
+    queries = spread(keys, arguments.queries)
+    rows = compare(keys, queries, arguments.k, device, arguments.rounds)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {
         "device": name,
@@ -160,7 +175,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "memdec": memdec.__version__,
         "keys": len(keys),
         "width": arguments.width,
-        "k": k,
+        "k": arguments.k,
         "queries": len(queries),
         "contenders": rows,
     }

@@ -12,22 +12,19 @@ Everything else is equal: arguments, batches, data loader. Each has a process of
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import transformers
+from gpu_busy import GpuBusy
 from safetensors.torch import save_file
 from table import training_table
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -204,7 +201,7 @@ def measure(
             )
         if compiled:
             compile_blocks(model)
-        with clock.watch_gpu():
+        with clock.gpu.watch():
             trainer.train()
     step = clock.seconds / options.steps
     return {
@@ -213,17 +210,17 @@ def measure(
         "tokens_per_second": options.batch * options.block_size / step,
         "step_seconds": step,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "gpu_busy": clock.gpu_busy(),
+        "gpu_busy": clock.gpu.share(clock.begin, clock.end),
     }
 
 
 class Clock(TrainerCallback):
-    """Seconds of the last `steps` steps, and nvidia-smi's samples of the GPU within them."""
+    """Seconds of the last `steps` steps, and how busy the GPU was within them."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.done = 0
-        self.samples: list[tuple[float, float]] = []  # time, share of it that a kernel ran
+        self.gpu = GpuBusy()
         self.begin = self.end = 0.0
 
     @property
@@ -238,34 +235,6 @@ class Clock(TrainerCallback):
             self.begin, self.end = self.end, time.perf_counter()
             if self.done == WARM_UP and torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-
-    @contextlib.contextmanager
-    def watch_gpu(self) -> Iterator[None]:
-        """Asks nvidia-smi, while inside, what share of the last moment a kernel ran."""
-        if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-            yield
-            return
-        command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu"]
-        command += ["--format=csv,noheader,nounits"]
-        over = threading.Event()
-
-        def ask() -> None:
-            while not over.wait(0.1):
-                answer = subprocess.run(command, capture_output=True, text=True).stdout
-                with contextlib.suppress(ValueError):  # "[N/A]"
-                    self.samples.append((time.perf_counter(), float(answer) / 100))
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        try:
-            yield
-        finally:
-            over.set()
-            asking.join()
-
-    def gpu_busy(self) -> float | None:
-        within = [busy for at, busy in self.samples if self.begin < at < self.end]
-        return sum(within) / len(within) if within else None
 
 
 if __name__ == "__main__":

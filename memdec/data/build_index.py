@@ -42,7 +42,7 @@ def build_faiss(
 
     Args:
         processes: they call this together, each with all the keys.
-        work: a directory for what several processes hand over; whatever is there goes.
+        work: a directory for what several processes hand over, which the main one makes anew.
         device: its GPU helps where FAISS has one.
 
     Returns:
@@ -106,10 +106,9 @@ class _Team:
     def __init__(self, processes: PartialState, work: Path) -> None:
         self._processes = processes
         self._work = work
-        if processes.is_main_process:
-            shutil.rmtree(work, ignore_errors=True)
         if processes.num_processes > 1:
             if processes.is_main_process:
+                shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
             processes.wait_for_everyone()
 

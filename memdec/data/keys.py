@@ -92,7 +92,7 @@ class ComputedKeys:
         # The logits are not needed, and at 150,000 tokens they would be the largest thing in memory.
         accepted = inspect.signature(recorder.model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.width = self._forward(stream.read(0, 1)[None]).result().shape[1]
+        self.width = self._forward(0, 1, 1).result().shape[1]
 
     def of_shards(self, shards: Sequence[Shard]) -> Iterator[np.ndarray]:
         """Keys of whole shards, in order and in parts, one for each forward pass.
@@ -100,31 +100,31 @@ class ComputedKeys:
         The next pass runs while the keys of one are taken.
         """
         return in_order(
-            self._pass(number)
+            self._forward(*self._passes[number])
             for shard in shards
             for number in self._containing(shard.start, shard.stop)
         )
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        known, remembered = self._last
+        numbers = self._containing(start, stop)
+        made = in_order(self._forward(*self._passes[n]) for n in numbers if n != known)
         parts = []
-        for number in self._containing(start, stop):
-            if self._last[0] != number:
-                self._last = (number, self._pass(number).result())
+        for number in numbers:
+            keys = remembered if number == known else next(made)
             first = self._passes[number][0]
-            parts.append(self._last[1][max(start - first, 0) : stop - first])
+            parts.append(keys[max(start - first, 0) : stop - first])
+            self._last = (number, keys)
         return np.concatenate(parts)
 
     def _containing(self, start: int, stop: int) -> range:
         """The numbers of the passes that keys [start, stop) are in."""
         return range(bisect_right(self._firsts, start) - 1, bisect_left(self._firsts, stop))
 
-    def _pass(self, number: int) -> InFlight[np.ndarray]:
-        first, last, rows = self._passes[number]
-        return self._forward(self._stream.read(first, last).reshape(rows, -1))
-
-    def _forward(self, tokens: np.ndarray) -> InFlight[np.ndarray]:
-        """Keys of `tokens` [rows, length], float16 [rows * length, width]."""
-        input_ids = to_device(tokens.astype(np.int64), self._recorder.model.device)
+    def _forward(self, first: int, last: int, rows: int) -> InFlight[np.ndarray]:
+        """Keys of a pass over positions [first, last), float16 [last - first, width]."""
+        tokens = self._stream.read(first, last).reshape(rows, -1).astype(np.int64)
+        input_ids = to_device(tokens, self._recorder.model.device)
         with self._recorder, torch.inference_mode():
             self._recorder.model(input_ids=input_ids, use_cache=False, **self._options)
         keys = self._recorder.keys.flatten(0, 1).half()
