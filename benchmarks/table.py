@@ -1,4 +1,4 @@
-"""Prints results of this folder as Markdown tables: pytest-benchmark's, and training_step.py's.
+"""Prints results of this folder as Markdown tables: pytest-benchmark's, and other scripts'.
 
 python benchmarks/table.py benchmarks/results/*.json
 """
@@ -23,6 +23,10 @@ def table(path: Path) -> str:
     result = json.loads(path.read_text())
     if "training_step" in result:
         return training_table(result)
+    if "teacher" in result:
+        return teacher_table(result)
+    if "indexes" in result:
+        return indexes_table(result)
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -144,6 +148,73 @@ def training_table(result: dict) -> str:
         )
         lines += ["", f"KL and CE, {'compiled' if compiled else 'not compiled'}: {met}."]
     return "\n".join(lines)
+
+
+def teacher_table(result: dict) -> str:
+    """One line a stage of teacher.py: its rate, what that is of its floor, and the goals."""
+    machine = result["machine_info"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}. "
+        f"{result['setting']}.",
+        "",
+        "| stage | a second | against | share | goal | met | GPU busy | goal | met | peak memory |",
+        "|---" * 10 + "|",
+    ]
+    for row in result["teacher"]:
+        floor, share = row["floor"], row["share"]
+        against = "" if floor is None else f"{row['floor_name']}: {floor:,.0f}"
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
+        goal, reached = row["goal"], share
+        shown = "" if goal is None else f"{goal:.2f}"
+        if row["rate_goal"] is not None:
+            goal, reached = row["rate_goal"], row["rate"]
+            shown = f"{goal:,.0f} a second"
+        cells = [
+            row["stage"],
+            f"{row['rate']:,.0f} {row['unit']}",
+            against,
+            "" if share is None else f"{share:.2f}",
+            *(shown, _met(reached, goal)),
+            "" if row["gpu_busy"] is None else f"{row['gpu_busy']:.0%}",
+            "" if row["busy_goal"] is None else f"{row['busy_goal']:.0%}",
+            _met(row["gpu_busy"], row["busy_goal"]),
+            memory,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def indexes_table(result: dict) -> str:
+    """One line an index of indexes.py, and nprobe: size, speed, recall and what the kNN-LM is worth."""
+    machine = result["machine_info"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, FAISS {machine['faiss']}. "
+        f"{result['setting']}. The teacher alone: perplexity {result['teacher_perplexity']:.3f}.",
+        "",
+        f"| index | nprobe | bytes a key | seconds to build | queries a second | "
+        f"recall@{result['k']} | temperature | lmbda | perplexity |",
+        "|---" * 9 + "|",
+    ]
+    for row in result["indexes"]:
+        cells = [
+            row["index"],
+            "" if row["nprobe"] is None else f"{row['nprobe']}",
+            f"{row['bytes'] / result['keys']:,.0f}",
+            f"{row['build_seconds']:,.0f}",
+            f"{row['queries_per_second']:,.0f}",
+            f"{row['recall']:.3f}",
+            f"{row['temperature']:.3g}",
+            f"{row['lmbda']:.2f}",
+            f"{row['perplexity']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _met(reached: float | None, goal: float | None) -> str:
+    if reached is None or goal is None:
+        return ""
+    return "yes" if reached >= goal else "no"
 
 
 if __name__ == "__main__":

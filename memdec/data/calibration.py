@@ -8,7 +8,7 @@ import numpy as np
 
 from memdec.console import Progress, say
 from memdec.data.contexts import Contexts
-from memdec.data.corpus import TokenCorpus
+from memdec.data.corpus import Split, TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.errors import MemdecError
 
@@ -27,11 +27,47 @@ def calibrate(
     lmbda: float | None = None,
     contexts: Contexts | None = None,
 ) -> dict[str, Any]:
-    """Tries temperatures on the first `positions` positions of validation, or takes the one given.
+    """Chooses temperature and lmbda (:func:`choose`) on the first `positions` of validation.
+
+    Neighbours are looked for as `contexts` does, if given.
+    """
+    keys, log_probs, labels = teacher_forced(model_name, datastore, corpus, "validation", positions)
+    if contexts is None:
+        distances, ids = datastore.search(keys, k)
+    else:
+        tokens = corpus.split("validation").read(0, len(keys))
+        windows = contexts.windows(tokens, np.arange(len(keys)))
+        distances, ids = contexts.search(datastore, keys, windows, k)
+    tokens = datastore.neighbor_tokens(ids)
+    chosen = choose(log_probs, distances, tokens, labels, temperature=temperature, lmbda=lmbda)
+    say(
+        f"temperature {chosen['temperature']:.4g} chosen on {len(labels):,} validation positions: "
+        f"nll {chosen['nll']:.3f} at lmbda {chosen['lmbda']:g}, the teacher alone "
+        f"{chosen['teacher_nll']:.3f}"
+    )
+    return chosen
+
+
+def choose(
+    log_probs: np.ndarray,
+    distances: np.ndarray,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    *,
+    temperature: float | None = None,
+    lmbda: float | None = None,
+) -> dict[str, Any]:
+    """Tries temperatures, or takes the one given, on positions whose neighbours are known.
 
     Each is judged by the mean nll of ``(1 - lmbda) p_teacher + lmbda p_knn`` at `lmbda`, or at its
     best lmbda. The spread that scales the temperatures is the median over queries of the standard
-    deviation of their k squared distances. Neighbours are looked for as `contexts` does, if given.
+    deviation of their k squared distances.
+
+    Args:
+        log_probs: the teacher's of the labels, [n].
+        distances: squared, [n, k].
+        tokens: what followed the neighbours, [n, k].
+        labels: [n].
 
     Returns:
         ``temperature``, ``lmbda`` and ``nll`` of the best, the ``teacher_nll``, the number of
@@ -40,14 +76,6 @@ def calibrate(
     from memdec.evaluation.knn_lm import knn_label_log_probs
     from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 
-    keys, log_probs, labels = _teacher_forced(model_name, datastore, corpus, positions)
-    if contexts is None:
-        distances, ids = datastore.search(keys, k)
-    else:
-        tokens = corpus.split("validation").read(0, len(keys))
-        windows = contexts.windows(tokens, np.arange(len(keys)))
-        distances, ids = contexts.search(datastore, keys, windows, k)
-    tokens = datastore.neighbor_tokens(ids)
     spread = _spread(distances)
     tried = []
     temperatures = (_TEMPERATURES * spread).tolist() if temperature is None else [temperature]
@@ -58,37 +86,31 @@ def calibrate(
         else:
             weight, nll = lmbda, float(-mix_log_probs(log_probs, knn, lmbda).mean())
         tried.append({"temperature": candidate, "lmbda": weight, "nll": nll})
-    best = min(tried, key=lambda row: row["nll"])
-    teacher_nll = float(-log_probs.mean(dtype=np.float64))
-    say(
-        f"temperature {best['temperature']:.4g} chosen on {len(labels):,} validation positions: "
-        f"nll {best['nll']:.3f} at lmbda {best['lmbda']:g}, the teacher alone {teacher_nll:.3f}"
-    )
     return {
-        **best,
-        "teacher_nll": teacher_nll,
+        **min(tried, key=lambda row: row["nll"]),
+        "teacher_nll": float(-log_probs.mean(dtype=np.float64)),
         "positions": len(labels),
         "spread": spread,
         "tried": tried,
     }
 
 
-def _teacher_forced(
-    model_name: str, datastore: Datastore, corpus: TokenCorpus, positions: int
+def teacher_forced(
+    model_name: str, datastore: Datastore, corpus: TokenCorpus, split: Split, positions: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys [n, width], log p(label) [n] and labels [n] of the head of validation."""
+    """Keys [n, width], log p(label) [n] and labels [n] of the head of a split."""
     from memdec.evaluation.forward import forward_blocks
     from memdec.modeling.key_layer import KeyRecorder
     from memdec.modeling.loading import load_model
 
-    stream = corpus.split("validation")
+    stream = corpus.split(split)
     positions = min(positions, stream.positions)
     dtype = datastore.artefact.manifest["params"]["dtype"]
     model = load_model(model_name, device=datastore.device, dtype=dtype)
     keys = []
     log_probs = []
     with (
-        Progress("keys of validation", positions, "tokens") as progress,
+        Progress(f"keys of {split}", positions, "tokens") as progress,
         KeyRecorder(model, datastore.key_layer) as recorder,
     ):
         for batch in forward_blocks(
@@ -104,7 +126,7 @@ def _teacher_forced(
             progress.advance(batch.stop - batch.start)
     found = np.concatenate(log_probs)
     if not np.isfinite(found).all():
-        raise MemdecError(f"the teacher {model_name} gives a validation token probability 0 or NaN")
+        raise MemdecError(f"the teacher {model_name} gives a {split} token probability 0 or NaN")
     return np.concatenate(keys), found, stream.read(1, positions + 1)
 
 
