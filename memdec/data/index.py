@@ -133,6 +133,7 @@ def load_faiss() -> ModuleType:
         import faiss
     except ImportError:
         raise MemdecError(
-            "an index other than Flat needs FAISS: pip install faiss-cpu (or, for GPUs, faiss-gpu-cuvs or faiss-gpu)"
+            "an index other than Flat needs FAISS: pip install faiss-cpu "
+            "(or, for GPUs, faiss-gpu-cuvs or faiss-gpu)"
         ) from None
     return faiss

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from data_tiny import contents, run_stage, set_small_shards
 
+from memdec.data.datastore import Datastore
 from memdec.data.exact import ExactIndex
 from memdec.data.in_flight import InFlight, in_order, to_device
+from memdec.data.targets import TargetStore
 from memdec.errors import MemdecError
 from memdec.ops import knn_scatter
 
@@ -72,3 +75,33 @@ def test_arrays_that_go_away_reach_the_gpu_whole():
     for number in range(50):
         moved = to_device(np.full(1 << 20, number), torch.device("cuda"))
         assert bool((moved == number).all())
+
+
+@needs_cuda
+@pytest.mark.parametrize("source", ["knn", "mixture", "teacher"])
+def test_a_gpu_writes_the_rows_of_the_cpu_and_the_same_bytes_each_time(
+    source, tiny, datastore_dir, tmp_path, monkeypatch
+):
+    """Shards, passes and searches follow each other quickly; none may get another's numbers."""
+    set_small_shards(monkeypatch.setattr)
+    common = {"model": str(tiny / "model"), "tokens": tiny / "tokens"}
+    for out, device in (("cpu", "cpu"), ("gpu", "cuda"), ("again", "cuda")):
+        keys = {**common, "block_size": 32, "batch_blocks": 2, "device": device}
+        run_stage("datastore", keys, tmp_path / out / "keys")
+        values = {**common, "source": source, "block_size": 32, "device": device}
+        if source != "teacher":
+            values |= {"datastore": tmp_path / out / "keys", "k": 16, "temperature": 3.0}
+        if source == "mixture":
+            values["lmbda"] = 0.3
+        run_stage("targets", values, tmp_path / out / "targets")
+    assert contents(tmp_path / "gpu") == contents(tmp_path / "again")
+    own = np.arange(Datastore.open(tmp_path / "cpu" / "keys").size)
+    keys = [Datastore.open(tmp_path / out / "keys").keys(0, len(own)) for out in ("cpu", "gpu")]
+    np.testing.assert_allclose(*keys, rtol=2**-8, atol=1e-3)
+    rows = [
+        TargetStore.open(tmp_path / out / "targets").gather(own).targets.to_dense(320)
+        for out in ("cpu", "gpu")
+    ]
+    difference = (rows[0] - rows[1]).abs().sum(1) / 2
+    assert difference.median() < 1e-3
+    assert (difference < 0.05).float().mean() > 0.98  # a key that rounds otherwise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from data_tiny import contents, needs_faiss, run_stage, start, start_team
 
 from memdec.errors import MemdecError
@@ -82,6 +83,16 @@ def test_several_processes_write_the_bytes_of_one(case, processes, tiny, alone, 
     assert json.loads(written["manifest.json"])["shards"] in (
         (0,) if "no keys" in case else (10, 13)
     )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", ["datastore Flat", "targets knn", "targets mixture"])
+def test_two_gpus_write_the_bytes_of_one(case, tiny, datastore_dir, tmp_path):
+    stage, values = stage_values(tiny, case)
+    values["device"] = "cuda"
+    for count in (1, 2):
+        finish(start_team(count, stage, values, tmp_path / str(count)))
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
 
 
 @pytest.mark.parametrize("case", ["datastore Flat", "targets knn"])
