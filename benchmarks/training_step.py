@@ -32,9 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import memdec
 from memdec.data.corpus import TokenStream
 from memdec.data.targets import TargetStore
+from memdec.training.batch_targets import BatchTargets, NoTargets, StoredTargets
 from memdec.training.batches import BlockCollator
 from memdec.training.block_trainer import BlockTrainer
-from memdec.training.distill import verified
 from memdec.training.trainer import compile_blocks
 
 CONTENDERS = ["transformers, CE", "memdec, CE", "memdec, KL and CE"]
@@ -179,24 +179,24 @@ def measure(
                 model,
                 arguments,
                 train_dataset=range(stream.blocks(options.block_size)),
-                data_collator=BlockCollator(stream, options.block_size, None),
+                data_collator=BlockCollator(stream, options.block_size, NoTargets()),
                 callbacks=[clock],
             )
         else:
-            gather = None
+            targets: BatchTargets = NoTargets()
             if contender == "memdec, KL and CE":
                 artefact = SimpleNamespace(
                     path=folder,
                     manifest=json.loads((folder / "manifest.json").read_text()),
                     file=lambda name: folder / name,
                 )
-                gather = verified(TargetStore(artefact))
+                targets = StoredTargets(TargetStore(artefact))
             trainer = BlockTrainer(
                 model,
                 arguments,
                 blocks=stream.blocks(options.block_size),
-                collator=BlockCollator(stream, options.block_size, gather),
-                alpha=0.0 if gather is None else 0.5,
+                collator=BlockCollator(stream, options.block_size, targets),
+                alpha=0.0 if isinstance(targets, NoTargets) else 0.5,
                 callbacks=[clock],
             )
         if compiled:

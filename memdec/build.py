@@ -128,9 +128,13 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
         searched["datastore"] = out / "datastore"
     elif recipe.stages["datastore"]:
         raise MemdecError(f"datastore: targets of source {source} need none; remove its options")
-    add("targets", targets, TargetsConfig, model=teacher, **searched)
+    made = add("targets", targets, TargetsConfig, model=teacher, **searched)
     taught = {"targets": out / "targets", "tokens": tokens, "base": base, "teacher": teacher}
     trained = add("train", train, TrainConfig, **taught)
+    try:
+        trained.check_kept(made.k if made.keep == "neighbours" else None)
+    except MemdecError as error:
+        raise MemdecError(f"train: {error}") from error
     if recipe.stages["control"] is not None:
         budget = {**(recipe.stages["adapt"] or {}), "epochs": epochs + trained.epochs}
         add("control", adapt, AdaptConfig, **{"model": base, "tokens": tokens, **budget})

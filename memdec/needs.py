@@ -1,6 +1,6 @@
 """Disk, memory and time of each stage of a build, by arithmetic.
 
-Disk is exact for tokens and keys, an upper bound for targets. Memory is weights, optimizer, indexes
+Disk is exact for tokens, keys and kept neighbours, an upper bound for targets. Memory is weights, optimizer, indexes
 and the largest buffers. Time is floating-point operations over the rate of a matrix product measured
 here, times the share of it that such a stage reached where it was measured (docs/design.md): good
 to a factor of two or so.
@@ -150,6 +150,10 @@ class _Estimator:
         }[config.source]
         entries = min(entries, config.max_entries or entries, self.teacher.vocabulary)
         row = 8 * entries + 8 + 8 + 4 + (4 if config.max_entries or config.source != "knn" else 0)
+        note = f"at most {entries} entries a row"
+        if config.keep == "neighbours":
+            row = self._neighbour_row(config)
+            note = f"{config.k} neighbours a row"
         seconds, host, device = 0.0, 0, 0
         if self.store is not None:
             seconds, host, device = self._searching(size)
@@ -159,8 +163,15 @@ class _Estimator:
             tokens = config.batch_blocks * self.block_size
             seconds += self._forward_seconds(self.teacher, size, config.dtype)
             device += self._forward_bytes(self.teacher, config.dtype, tokens, logits=tokens)
-        note = f"at most {entries} entries a row"
         return self._need("targets", size * row, host, device, seconds, note=note)
+
+    def _neighbour_row(self, config: Any) -> int:
+        """Tokens, distances and their unit; position and label."""
+        from memdec.data.neighbours import token_dtype
+
+        narrow = config.distance_dtype == "float16"
+        wide = token_dtype(self.teacher.vocabulary).itemsize + (2 if narrow else 4)
+        return wide * config.k + (4 if narrow else 0) + 8 + 4
 
     def eval(self, config: Any) -> Need:
         held_out = self.corpus.held_out

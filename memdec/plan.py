@@ -151,7 +151,8 @@ def _less_disk(needs: list[Need]) -> str:
     largest = max(needs, key=lambda need: need.disk + need.working_disk).stage
     return {
         "datastore": "set datastore.keep_keys=false and an index such as IVF4096,PQ64",
-        "targets": "set targets.max_entries=32, or targets.source=teacher",
+        "targets": "set targets.max_entries=32 (of kept neighbours a smaller k), or "
+        "targets.source=teacher",
     }.get(largest, f"most is {largest}'s: take a smaller model or more disk")
 
 

@@ -54,6 +54,7 @@ def stages(tiny) -> dict[str, tuple[Stage, Any]]:
             targets,
             TargetsConfig(source="mixture", top_m=8, model=tiny.model, batch_blocks=1, **searched),
         ),
+        "neighbours": (targets, TargetsConfig(keep="neighbours", model=tiny.model, **searched)),
         "train": (train, TrainConfig(**taught, **training)),
         "eval": (
             evaluate,
@@ -62,7 +63,7 @@ def stages(tiny) -> dict[str, tuple[Stage, Any]]:
     }
 
 
-NAMES = ("prepare", "adapt", "datastore", "targets", "mixture", "train", "eval")
+NAMES = ("prepare", "adapt", "datastore", "targets", "mixture", "neighbours", "train", "eval")
 
 
 def finish(process: BaseProcess) -> None:

@@ -72,7 +72,8 @@ def audit(config: AuditConfig) -> int:
     The rows: stored position and label against the corpus, offsets, token ids, probabilities, row
     sums and dropped mass. The search that made them, for targets from neighbours: each answer
     sorted by (distance, id) and without the position itself, recall@k against an exhaustive search
-    in float64, and for the source ``knn`` each stored row against the same row made again.
+    in float64, and for the source ``knn`` each stored row against the same row made again. Of kept
+    neighbours the rows are those at the temperature of the stage.
 
     The report is ``{"passed": bool, "rows": int, "seed": int, "recall": float | None,
     "dropped_mass": float, "checks": [{"name", "passed", "expected", "found"}]}``.
@@ -89,7 +90,7 @@ def audit(config: AuditConfig) -> int:
     datastore = _datastore(config, store)
     generator = np.random.default_rng(config.seed)
     positions = np.sort(generator.choice(len(store), min(config.rows, len(store)), replace=False))
-    checks = [_check_offsets(store)]
+    checks = [_check_widths(store) if store.keeps_neighbours else _check_offsets(store)]
     result: dict[str, Any] = {"recall": None, "dropped_mass": None}
     if checks[0].passed:
         rows = store.gather(positions)
@@ -98,6 +99,7 @@ def audit(config: AuditConfig) -> int:
         checks += [
             _check_equal("positions", "the row's own", rows.positions.numpy(), positions),
             _check_labels(corpus, rows.labels.numpy(), positions),
+            *([_check_distances(store, positions)] if store.keeps_neighbours else []),
             *_check_values(rows.targets, corpus.vocab_size),
             _at_most("mean dropped mass", mass, config.max_dropped_mass),
         ]
@@ -152,6 +154,28 @@ def _check_offsets(store: TargetStore) -> Check:
     if rows != len(store):
         found = f"{rows} rows"
     return Check("offsets", found == "they do", f"rise, and make {len(store)} rows in all", found)
+
+
+def _check_widths(store: TargetStore) -> Check:
+    """Each shard has a row for each position, of as many tokens as distances."""
+    expected = f"{len(store)} rows of {store.k} neighbours"
+    rows = 0
+    for number in range(store.artefact.manifest["shards"]):
+        shard = store.shard(number)
+        shape = shard["tokens"].shape
+        lengths = {len(array) for array in shard.values()}
+        if shard["distances"].shape != shape or shape[1:] != (store.k,) or len(lengths) > 1:
+            return Check("shapes", False, expected, f"shard {number} differs")
+        rows += shape[0]
+    return Check("shapes", rows == len(store), expected, f"{rows} rows")
+
+
+def _check_distances(store: TargetStore, positions: np.ndarray) -> Check:
+    """Nearest first and no number missing: that the k nearest are the first k, training relies on."""
+    distances = store.gather_neighbours(positions).neighbours.distances.float()
+    legal = (distances[:, 1:] >= distances[:, :-1]).all(dim=1) & (distances[:, 0] >= 0)
+    wrong = int((~legal).sum())
+    return Check("distances", wrong == 0, "from 0, rising", f"{wrong} rows do not")
 
 
 def _check_labels(corpus: TokenCorpus, labels: np.ndarray, positions: np.ndarray) -> Check:
@@ -292,7 +316,7 @@ class _Search:
             torch.from_numpy(distances),
             torch.from_numpy(self.datastore.neighbor_tokens(ids)),
             temperature=self.store.temperature,
-            max_entries=self.store.artefact.manifest["params"]["max_entries"],
+            max_entries=self.store.artefact.manifest["params"].get("max_entries"),
         )
         difference = stored.to_dense(self.vocab_size) - again.to_dense(self.vocab_size)
         return difference.abs().sum(1).div(2).numpy()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from memdec.data.corpus import TokenCorpus, TokenStream, block_batches
 from memdec.data.datastore import Datastore
 from memdec.data.exact import WRONG_QUERY, Found
 from memdec.data.in_flight import InFlight, in_order, to_device
+from memdec.data.neighbours import Neighbours
 from memdec.errors import MemdecError
 from memdec.ops import SparseTargets, knn_scatter
 
@@ -37,7 +39,7 @@ _FILE_DTYPES = {
 class Source(Protocol):
     """What the stage ``targets`` asks of a source."""
 
-    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
+    def rows(self, start: int, stop: int) -> Iterator[SparseTargets | Neighbours]:
         """Rows of train positions [start, stop), in order and in parts, on the CPU."""
         ...
 
@@ -88,6 +90,25 @@ class Top:
     log_probs: torch.Tensor
     tokens: torch.Tensor
     errors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class NeighbourSource:
+    """The neighbours that a :class:`KnnSource` finds, whatever its temperature."""
+
+    knn: KnnSource
+    vocab_size: int
+    dtype: Literal["float16", "float32"]
+
+    def rows(self, start: int, stop: int) -> Iterator[Neighbours]:
+        starts = range(start, stop, _ROWS_A_SEARCH)
+        return in_order(self._rows(first, min(first + _ROWS_A_SEARCH, stop)) for first in starts)
+
+    def _rows(self, start: int, stop: int) -> InFlight[Neighbours]:
+        found = self.knn.find(start, stop)
+        tokens = self.knn.store.tokens_of(found.ids)
+        pack = partial(Neighbours.pack, vocab_size=self.vocab_size, dtype=self.dtype)
+        return InFlight([found.distances, tokens], pack, {WRONG_QUERY: found.wrong})
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The stage ``targets``: a sparse next-token distribution for every train position; and its reader.
 
 Row i of the targets belongs to train position i. What it is the distribution of, the option source
-says (:mod:`memdec.data.sources`).
+says (:mod:`memdec.data.sources`). Instead of the distributions of neighbours the neighbours
+themselves can be kept (:mod:`memdec.data.neighbours`): then training chooses temperature and k.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ if TYPE_CHECKING:  # torch is slow to import, and --help needs the config alone
     import torch
     from accelerate import PartialState
 
+    from memdec.data.neighbours import Neighbours
     from memdec.data.sources import Source
     from memdec.ops import SparseTargets
+
+    Rows = SparseTargets | Neighbours
 
 KIND = "targets"
 SHARD_ROWS = 1 << 14
@@ -39,6 +43,7 @@ _USED = {
     "knn": (
         *("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
         "drop_same_context",
+        *("keep", "distance_dtype"),
     ),
     "teacher": ("model", "top_m", "batch_blocks", "dtype"),
     "mixture": (
@@ -72,6 +77,11 @@ class TargetsConfig(Config):
     file: Path | None = option(
         None, help="for the source file: .safetensors of indptr, token_ids, probs and label"
     )
+    keep: Literal["targets", "neighbours"] = option(
+        "targets",
+        help="of the source knn: distributions at one temperature, or the neighbours, of which "
+        "train makes targets at any temperature and any smaller k",
+    )
     k: int = option(1024, help="neighbours of a position")
     temperature: float | None = option(
         None, help="divides the squared distances; by default chosen on the validation split"
@@ -88,6 +98,9 @@ class TargetsConfig(Config):
         0,
         help="leave out neighbours whose last so many tokens are the position's own: the same text "
         "elsewhere in the corpus (0: keep them)",
+    )
+    distance_dtype: Literal["float16", "float32"] = option(
+        "float16", help="of kept neighbours' distances; float16 counts from a row's nearest"
     )
     calibration_positions: int = option(4096, help="validation positions to choose settings on")
     block_size: int | None = option(
@@ -113,6 +126,10 @@ class TargetsConfig(Config):
         for field in fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:
                 raise MemdecError(f"{field.name} does not go with source {self.source}")
+        if self.keep == "neighbours" and self.max_entries is not None:
+            raise MemdecError("max_entries does not go with kept neighbours: give it to train")
+        if self.keep == "targets" and self.distance_dtype != "float16":
+            raise MemdecError("distance_dtype goes with kept neighbours only")
         for name in _INPUTS:
             optional = name == "model" and self.source == "knn"
             if name in used and not optional and getattr(self, name) is None:
@@ -124,7 +141,7 @@ class TargetsConfig(Config):
 
 
 def targets(config: TargetsConfig, out: Path) -> Artefact:
-    """Stores a distribution for every train position.
+    """Stores a distribution, or the neighbours, for every train position.
 
     Of several processes (``accelerate launch``) each makes and writes a share of the shards, to the
     bytes that one would write.
@@ -172,7 +189,9 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
 
 def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
     values = config.to_mapping()
-    params = {name: values[name] for name in _USED[config.source] if name not in _INPUTS}
+    unsaid = {"targets": ("keep", "distance_dtype"), "neighbours": ("max_entries",)}[config.keep]
+    used = [name for name in _USED[config.source] if name not in (*_INPUTS, *unsaid)]
+    params = {name: values[name] for name in used}
     if not config.drop_same_context:  # the manifest says so where they are dropped
         params.pop("drop_same_context", None)
     params["shard_rows"] = SHARD_ROWS
@@ -210,15 +229,15 @@ def _write(
     shards = cut(stream.positions, _params(config, block_size)["shard_rows"], _shard_name)
     source = _source(config, corpus, store, block_size, chosen)
 
-    def rows(shards: Sequence[Shard]) -> Iterator[SparseTargets]:
+    def rows(shards: Sequence[Shard]) -> Iterator[Rows]:
         for shard in shards:
             yield from source.rows(shard.start, shard.stop)
 
-    def save(shard: Shard, parts: list[SparseTargets], file: IO[bytes]) -> None:
+    def save(shard: Shard, parts: list[Rows], file: IO[bytes]) -> None:
         positions = np.arange(shard.start, shard.stop)
         _save_shard(parts, positions, stream.read(shard.start + 1, shard.stop + 1), file)
 
-    write_shards(processes, writer, shards, rows, save, "targets", "rows")
+    write_shards(processes, writer, shards, rows, save, config.keep, "rows")
     if processes.is_main_process:
         if config.source != "mixture":
             del chosen["lmbda"]
@@ -230,15 +249,19 @@ def _finish(
     writer: StageWriter, shards: Sequence[Shard], block_size: int, chosen: dict[str, Any]
 ) -> None:
     opened = [_open_shard(writer.file(shard.name)) for shard in shards]
-    dropped = [arrays["dropped_mass"] for arrays in opened if "dropped_mass" in arrays]
+    facts: dict[str, Any] = {}
+    if "token_ids" in opened[0]:  # distributions
+        dropped = [arrays["dropped_mass"] for arrays in opened if "dropped_mass" in arrays]
+        mean = np.concatenate(dropped).mean(dtype=np.float64) if dropped else 0.0
+        facts["mean_dropped_mass"] = float(mean)
+        facts["entries"] = sum(len(arrays["token_ids"]) for arrays in opened)
     writer.finish(
         rows=sum(map(len, shards)),
         block_size=block_size,
-        entries=sum(len(arrays["token_ids"]) for arrays in opened),
         shards=len(shards),
         dtypes={name: str(array.dtype) for name, array in opened[0].items()},
         **chosen,
-        mean_dropped_mass=float(np.concatenate(dropped).mean(dtype=np.float64)) if dropped else 0.0,
+        **facts,
     )
 
 
@@ -283,7 +306,13 @@ def _source(
     block_size: int,
     chosen: dict[str, Any],
 ) -> Source:
-    from memdec.data.sources import FileSource, KnnSource, MixtureSource, TeacherSource
+    from memdec.data.sources import (
+        FileSource,
+        KnnSource,
+        MixtureSource,
+        NeighbourSource,
+        TeacherSource,
+    )
     from memdec.modeling.loading import load_model, pick_device
 
     if config.source == "file":
@@ -296,6 +325,8 @@ def _source(
         knn = KnnSource(store, config.k, chosen["temperature"], config.max_entries, contexts)
     if config.source == "knn":
         assert knn is not None
+        if config.keep == "neighbours":
+            return NeighbourSource(knn, corpus.vocab_size, config.distance_dtype)
         return knn
     assert config.model is not None
     dtype = config.dtype if store is None else store.artefact.manifest["params"]["dtype"]
@@ -311,23 +342,14 @@ def _source(
 
 
 def _save_shard(
-    parts: list[SparseTargets], positions: np.ndarray, labels: np.ndarray, file: IO[bytes]
+    parts: list[Rows], positions: np.ndarray, labels: np.ndarray, file: IO[bytes]
 ) -> None:
     import torch
     from safetensors.torch import save
 
-    from memdec.ops import SparseTargets
-
-    rows = SparseTargets.cat(parts)
-    tensors = {
-        "indptr": rows.indptr,
-        "token_ids": rows.token_ids,
-        "probs": rows.probs,
-        "position": torch.from_numpy(positions),
-        "label": torch.from_numpy(labels),
-    }
-    if rows.dropped_mass is not None:
-        tensors["dropped_mass"] = rows.dropped_mass
+    cat: Any = type(parts[0]).cat  # one source, one type
+    tensors = {name: tensor for name, tensor in vars(cat(parts)).items() if tensor is not None}
+    tensors |= {"position": torch.from_numpy(positions), "label": torch.from_numpy(labels)}
     file.write(save(tensors))
 
 
@@ -348,6 +370,15 @@ class TargetRows:
     """Targets of n positions, on the CPU, with the position and the label stored beside each."""
 
     targets: SparseTargets
+    positions: torch.Tensor  # int64 [n]
+    labels: torch.Tensor  # int64 [n]
+
+
+@dataclass(frozen=True)
+class NeighbourRows:
+    """Neighbours of n positions, and the position and the label stored beside each."""
+
+    neighbours: Neighbours
     positions: torch.Tensor  # int64 [n]
     labels: torch.Tensor  # int64 [n]
 
@@ -382,6 +413,11 @@ class TargetStore:
         return str(self.artefact.manifest["params"].get("source", "knn"))
 
     @property
+    def keeps_neighbours(self) -> bool:
+        """Whether temperature and k are open; :meth:`gather` takes those of the stage."""
+        return self.artefact.manifest["params"].get("keep") == "neighbours"
+
+    @property
     def k(self) -> int:
         return int(self.artefact.manifest["params"]["k"])
 
@@ -408,8 +444,10 @@ class TargetStore:
 
         from memdec.ops import SparseTargets
 
-        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
-            raise IndexError(f"positions must be in [0, {len(self)}), got {positions}")
+        if self.keeps_neighbours:
+            found = self.gather_neighbours(positions)
+            targets = found.neighbours.to_targets(self.temperature).compact()
+            return TargetRows(targets, found.positions, found.labels)
         names = ["token_ids", "probs", "position", "label"]
         if "dropped_mass" in self.artefact.manifest["dtypes"]:
             names.append("dropped_mass")
@@ -433,8 +471,31 @@ class TargetStore:
         )
         return TargetRows(targets, joined["position"].long(), joined["label"].long())
 
+    def gather_neighbours(self, positions: np.ndarray, k: int | None = None) -> NeighbourRows:
+        """As :meth:`gather`, the kept neighbours: of each row the `k` nearest, or all.
+
+        Raises:
+            IndexError: a position outside [0, len(store)).
+        """
+        import torch
+
+        from memdec.data.neighbours import Neighbours
+
+        shard = self.shard(0)
+        parts = {name: [array[:0]] for name, array in shard.items()}
+        for number, rows in self._runs(positions):
+            for name, array in self.shard(number).items():
+                parts[name].append(array[rows])
+        for name in ("distances", "tokens"):
+            parts[name] = [part[:, :k] for part in parts[name]]
+        joined = {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()}
+        neighbours = Neighbours(joined["distances"], joined["tokens"], joined.get("units"))
+        return NeighbourRows(neighbours, joined["position"].long(), joined["label"].long())
+
     def _runs(self, positions: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Shard and rows in it of each run of consecutive positions, in order."""
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"positions must be in [0, {len(self)}), got {positions}")
         numbers, local = np.divmod(positions, self._rows_a_shard)
         ends = np.flatnonzero((np.diff(positions) != 1) | (np.diff(numbers) != 0))
         firsts = [0, *(ends + 1).tolist()] if len(positions) else []

@@ -1,19 +1,14 @@
-"""Blocks of the train stream as batches, with their sparse targets where there are any."""
+"""Blocks of the train stream as batches, with what their targets are made of."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from memdec.data.corpus import TokenStream
-from memdec.ops import SparseTargets
+from memdec.training.batch_targets import BatchTargets
 
 IGNORE_INDEX = -100
-
-# Positions and their labels in, int64 [n] both; a target row for each out.
-GatherTargets = Callable[[np.ndarray, np.ndarray], SparseTargets]
 
 
 class BlockCollator:
@@ -21,15 +16,13 @@ class BlockCollator:
 
     ``input_ids`` and ``labels`` are int64 [batch, length]; a short last block is padded at its end
     with ignored labels, which no earlier position sees. The number after the last block's stands for
-    an empty block. Targets have a row for every label, empty where it is ignored.
+    an empty block. `targets` has a row for every label, empty where it is ignored.
     """
 
-    def __init__(
-        self, stream: TokenStream, block_size: int, gather_targets: GatherTargets | None
-    ) -> None:
+    def __init__(self, stream: TokenStream, block_size: int, targets: BatchTargets) -> None:
         self.stream = stream
         self.block_size = block_size
-        self.gather_targets = gather_targets
+        self.targets = targets
 
     def __call__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
         blocks = [self._block(number) for number in numbers]
@@ -43,20 +36,9 @@ class BlockCollator:
             labels[row, : len(inputs)] = expected
             positions[row, : len(inputs)] = np.arange(start, start + len(inputs))
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-        if self.gather_targets is not None:
-            real = positions.ravel() >= 0
-            targets = self.gather_targets(positions.ravel()[real], labels.ravel()[real])
-            batch["target_indptr"] = _with_empty_rows(targets.indptr, real)
-            batch["target_ids"] = targets.token_ids
-            batch["target_probs"] = targets.probs
-        return batch
+        return batch | self.targets.read(positions.ravel(), labels.ravel())
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number == self.stream.blocks(self.block_size):
             return np.empty(0, np.int32), np.empty(0, np.int32)
         return self.stream.block(number, self.block_size)
-
-
-def _with_empty_rows(indptr: torch.Tensor, real: np.ndarray) -> torch.Tensor:
-    """Row offsets for all of `real` [rows]: the given rows in order where true, empty elsewhere."""
-    return torch.from_numpy(indptr.numpy()[np.concatenate([[0], np.cumsum(real)])])

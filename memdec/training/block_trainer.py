@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from memdec.ops import SparseKLOutput, SparseTargets, linear_sparse_kl_loss, sparse_kl_loss
+from memdec.ops import SparseKLOutput, linear_sparse_kl_loss, sparse_kl_loss
 from memdec.training.batches import IGNORE_INDEX, BlockCollator
 
 
@@ -31,7 +31,7 @@ class BlockTrainer(Trainer):
             scale), or has none that is linear, is trained through its logits instead.
         args: Trainer's.
         blocks: how many blocks an epoch has.
-        collator: makes a batch of block numbers; with targets when it has them.
+        collator: makes a batch of block numbers, and knows where its targets come from.
         alpha: weight of the KL term.
         arithmetic: a context around each forward pass, for example ``torch.autocast``, where
             ``args`` does not choose it.
@@ -53,6 +53,7 @@ class BlockTrainer(Trainer):
             model, args, data_collator=collator, train_dataset=_BlockNumbers(blocks), **rest
         )
         self.blocks = blocks
+        self.targets = collator.targets
         self.alpha = alpha
         self.arithmetic = arithmetic
         # The loss is already divided by the tokens of the whole step.
@@ -84,7 +85,7 @@ class BlockTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         arguments: dict[str, Any] = {
-            "targets": batch_targets(inputs),
+            "targets": self.targets.of(inputs),
             "labels": inputs["labels"],
             "alpha": self.alpha,
             "ignore_index": IGNORE_INDEX,
@@ -139,21 +140,6 @@ def loss_for_logits(layer: torch.nn.Linear, arguments: dict[str, Any]) -> Iterat
         yield
     finally:
         del layer.forward
-
-
-def batch_targets(inputs: dict[str, torch.Tensor]) -> SparseTargets:
-    """The batch's targets; without, an empty row a label: with alpha 0 that is cross-entropy."""
-    if "target_indptr" in inputs:
-        return SparseTargets(
-            inputs["target_indptr"], inputs["target_ids"], inputs["target_probs"], None
-        )
-    labels = inputs["labels"]
-    return SparseTargets(
-        torch.zeros(labels.numel() + 1, dtype=torch.int64, device=labels.device),
-        torch.empty(0, dtype=torch.int32, device=labels.device),
-        torch.empty(0, dtype=torch.float32, device=labels.device),
-        None,
-    )
 
 
 class BlockOrder(torch.utils.data.Sampler[int]):

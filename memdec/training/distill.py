@@ -1,4 +1,4 @@
-"""The stage ``train``: a memory distilled from the sparse targets of a kNN-LM."""
+"""The stage ``train``: a memory distilled from the sparse targets, or the neighbours, of a kNN-LM."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs
     from accelerate import PartialState
     from transformers import PreTrainedModel
 
-    from memdec.ops import SparseTargets
-    from memdec.training.batches import GatherTargets
+    from memdec.training.batch_targets import BatchTargets
     from memdec.training.trainer import Validate
 
 KIND = "train"
 
 _NOT_A_MODEL = ("teacher", "fresh")
+_OF_NEIGHBOURS = ("temperature", "k", "max_entries")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,41 @@ class TrainConfig(LoopConfig):
     memory_layers: int | None = option(None, help="keep this many layers, evenly spaced")
     memory_width: int | None = option(None, help="width of a fresh memory")
     alpha: float = option(0.5, help="weight of the KL term; 1 - alpha is the cross-entropy's")
+    temperature: float | None = option(
+        None, help="of kept neighbours: divides the squared distances; by default that of targets"
+    )
+    k: int | None = option(None, help="of kept neighbours: so many of the nearest; by default all")
+    max_entries: int | None = option(
+        None, help="of kept neighbours: most tokens of a row's target; by default all"
+    )
     learning_rate: float = option(1e-4, help="peak learning rate of AdamW")
 
     def check(self) -> None:
         super().check()
         require(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
-        for name in ("memory_layers", "memory_width"):
+        for name in ("memory_layers", "memory_width", "k", "max_entries"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
+        temperature = self.temperature
+        require(temperature is None or temperature > 0, "temperature", "above 0", temperature)
         if self.memory_width is not None and self.memory_init != "fresh":
             raise MemdecError("memory_width goes with memory_init fresh only")
+
+    def check_kept(self, neighbours: int | None) -> None:
+        """Raises :class:`MemdecError` for an option that the targets cannot follow.
+
+        Args:
+            neighbours: how many of a row they keep; None where they are distributions.
+        """
+        for name in _OF_NEIGHBOURS:
+            if neighbours is None and getattr(self, name) is not None:
+                raise MemdecError(
+                    f"{name} goes with kept neighbours (targets with keep=neighbours), "
+                    "these targets are distributions already"
+                )
+        if self.k is not None and neighbours is not None:
+            expected = f"at most {neighbours}, the neighbours that targets keeps"
+            require(self.k <= neighbours, "k", expected, self.k)
 
 
 def train(config: TrainConfig, out: Path) -> Artefact:
@@ -96,6 +121,8 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         params[name] = getattr(config, name)
     if config.memory_init in _NOT_A_MODEL:
         params["memory_init"] = config.memory_init
+    targets, chosen = _batch_targets(config, store)
+    params |= chosen
     inputs = {name: model_fingerprint(model) for name, model in models.items()}
     inputs |= {"tokens": corpus.fingerprint, "targets": store.artefact.fingerprint}
     with shared_stage(processes, out, KIND, params, inputs) as writer:
@@ -120,7 +147,7 @@ def train(config: TrainConfig, out: Path) -> Artefact:
             config,
             block_size=store.block_size,
             validate=_joint_validation(config, processes, writer, corpus, store.block_size),
-            gather_targets=verified(store),
+            targets=targets,
             alpha=config.alpha,
         )
         parameters = sum(weight.numel() for weight in memory.parameters())
@@ -130,23 +157,22 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         return Artefact.open(out, KIND)
 
 
-def verified(store: TargetStore) -> GatherTargets:
-    """Gathers rows and checks that each belongs to the position and label it is meant for."""
+def _batch_targets(
+    config: TrainConfig, store: TargetStore
+) -> tuple[BatchTargets, dict[str, float | int | None]]:
+    """Where the target rows come from, and what was chosen for them, for the manifest."""
+    from memdec.training.batch_targets import StoredNeighbours, StoredTargets
 
-    def gather(positions: np.ndarray, labels: np.ndarray) -> SparseTargets:
-        rows = store.gather(positions)
-        found = np.stack([rows.positions.numpy(), rows.labels.numpy()])
-        wrong = (found != np.stack([positions, labels])).any(axis=0)
-        if wrong.any():
-            first = int(wrong.argmax())
-            raise MemdecError(
-                f"{store.artefact.path}: expected a target row of position {positions[first]} with "
-                f"label {labels[first]}, got position {found[0, first]} with label "
-                f"{found[1, first]}; make the targets again"
-            )
-        return rows.targets
-
-    return gather
+    config.check_kept(store.k if store.keeps_neighbours else None)
+    if not store.keeps_neighbours:
+        return StoredTargets(store), {}
+    neighbours = StoredNeighbours(
+        store,
+        k=config.k or store.k,
+        temperature=config.temperature or store.temperature,
+        max_entries=config.max_entries,
+    )
+    return neighbours, {name: getattr(neighbours, name) for name in _OF_NEIGHBOURS}
 
 
 def _joint_validation(

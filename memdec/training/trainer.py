@@ -39,7 +39,8 @@ from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
 from memdec.modeling.key_layer import find_blocks
 from memdec.modeling.loading import pick_device
-from memdec.training.batches import BlockCollator, GatherTargets
+from memdec.training.batch_targets import BatchTargets, NoTargets
+from memdec.training.batches import BlockCollator
 from memdec.training.block_trainer import BlockTrainer
 from memdec.training.options import LoopConfig
 
@@ -60,7 +61,7 @@ def fit(
     *,
     block_size: int,
     validate: Validate,
-    gather_targets: GatherTargets | None = None,
+    targets: BatchTargets | None = None,
     alpha: float = 0.0,
 ) -> list[dict[str, float]]:
     """Trains `model` in place and writes the weights of its best validation.
@@ -72,7 +73,7 @@ def fit(
         model: float32 weights; moved to the device.
         stream: the train tokens.
         validate: scores the model; called before the first step and ``validations`` times an epoch.
-        gather_targets: the sparse targets of each batch; None trains on cross-entropy alone.
+        targets: of each batch; None trains on cross-entropy alone.
         alpha: weight of the KL term, 0 without targets.
 
     Returns:
@@ -93,7 +94,7 @@ def fit(
                 config,
                 block_size=block_size,
                 validate=validate,
-                gather_targets=gather_targets,
+                targets=targets or NoTargets(),
                 alpha=alpha,
                 log=writer.file("log.jsonl"),
             )
@@ -140,7 +141,7 @@ def _train(
     *,
     block_size: int,
     validate: Validate,
-    gather_targets: GatherTargets | None,
+    targets: BatchTargets,
     alpha: float,
     log: Path,
 ) -> tuple[Path, list[dict[str, float]]]:
@@ -190,7 +191,7 @@ def _train(
         model,
         arguments,
         blocks=blocks,
-        collator=BlockCollator(stream, block_size, gather_targets),
+        collator=BlockCollator(stream, block_size, targets),
         alpha=alpha,
         arithmetic=_arithmetic(device, config.dtype),
     )

@@ -136,6 +136,35 @@ def test_other_sources_of_targets(tiny, tmp_path, source):
     assert ("kNN-LM" in result.stdout) == (source == "mixture")
 
 
+def test_kept_neighbours_leave_temperature_and_k_to_training(tiny, tmp_path):
+    given = arguments(tiny, tmp_path)
+    given.remove("--control")
+    settings = ("targets.keep=neighbours", "train.temperature=2.5", "train.k=8", "train.epochs=1")
+    flags = [flag for text in settings for flag in ("--set", text)]
+    result = CliRunner().invoke(make_app("build"), [*given, "--no-adapt", *flags])
+    assert result.exit_code == 0, result.output
+    params = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())["params"]
+    assert (params["temperature"], params["k"], params["max_entries"]) == (2.5, 8, None)
+    assert "kNN-LM" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.temperature=2"], "train: temperature goes with kept neighbours"),
+        (["targets.keep=neighbours", "train.k=17"], "train: k must be at most 16, the neighbours"),
+    ],
+)
+def test_what_training_cannot_choose_is_refused_before_anything_runs(
+    tiny, tmp_path, settings, message
+):
+    flags = [flag for text in settings for flag in ("--set", text)]
+    result = CliRunner().invoke(make_app("build"), [*arguments(tiny, tmp_path), *flags])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_a_datastore_that_nobody_needs_are_refused(tiny, tmp_path):
     flags = ["--set", "targets.source=teacher", "--set", "datastore.nprobe=3"]
     result = CliRunner().invoke(make_app("build"), [*arguments(tiny, tmp_path), *flags])

@@ -81,6 +81,20 @@ def test_the_disk_is_what_the_stages_write(tiny):
     assert written - 1000 <= found["targets"].disk <= 6 * written
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_disk_of_kept_neighbours(tiny, tmp_path, dtype):
+    from memdec.data.targets import TargetsConfig, targets
+
+    kept = {"keep": "neighbours", "distance_dtype": dtype, "k": 16, "temperature": 1.0}
+    given = {"datastore": tiny.datastore, "tokens": tiny.tokens, "device": "cpu"}
+    targets(TargetsConfig(**given, **kept), tmp_path)
+    settings = ("targets.keep=neighbours", f"targets.distance_dtype={dtype}")
+    found = needs(tiny, *settings, corpus=finished(tiny))["targets"]
+    header = 500
+    assert found.disk == pytest.approx(on_disk(tmp_path, "*.safetensors"), abs=header)
+    assert found.note == "16 neighbours a row"
+
+
 @needs_faiss
 @pytest.mark.parametrize("spec", ["IVF8,SQfp16", "IVF16,PQ4x4", "IVF8,Flat"])
 def test_the_disk_of_an_index_and_no_keys(tiny, tmp_path, spec):
@@ -152,7 +166,7 @@ def test_what_cannot_fit(tiny):
     (line,) = misfits(found, dataclasses.replace(CPU, disk=100_000_000))
     assert re.fullmatch(
         r"targets needs \d+\.\d MB of disk with the stages before it, 100\.0 MB are free; "
-        "set targets.max_entries=32, or targets.source=teacher",
+        r"set targets.max_entries=32 \(of kept neighbours a smaller k\), or targets.source=teacher",
         line,
     )
     lines = list(misfits(found, dataclasses.replace(CPU, memory=GB)))

@@ -169,6 +169,66 @@ def test_corrupt_rows_fail(tiny, datastore_dir, made, tmp_path, change, expected
     assert (status, failed) == (1, expected)
 
 
+@pytest.fixture(scope="module")
+def kept(tiny, datastore_dir, tmp_path_factory) -> Path:
+    """The neighbours themselves, in several shards."""
+    out = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        set_small_shards(patch.setattr)
+        targets(make_config(tiny, datastore_dir, max_entries=None, keep="neighbours"), out)
+    return out
+
+
+def test_kept_neighbours_may_be_trained_on(tiny, datastore_dir, kept):
+    status, result, failed = run(tiny, datastore_dir, kept)
+    assert (status, failed) == (0, [])
+    assert (result["recall"], result["dropped_mass"]) == (1.0, 0.0)
+    names = [check["name"] for check in result["checks"]]
+    assert names[:4] == ["shapes", "positions", "labels", "distances"]
+    assert names[-1] == "rows made again"
+
+
+def backwards(shard: dict[str, torch.Tensor]) -> None:
+    shard["distances"] = shard["distances"].flip(1)
+    shard["tokens"] = shard["tokens"].int().flip(1).to(torch.uint16)
+
+
+def other_neighbours(shard: dict[str, torch.Tensor]) -> None:
+    shard["tokens"] = ((shard["tokens"].int() + 1) % VOCAB).to(torch.uint16)
+
+
+def beyond_vocabulary(shard: dict[str, torch.Tensor]) -> None:
+    shard["tokens"][:, 0] = VOCAB
+
+
+def one_distance_fewer(shard: dict[str, torch.Tensor]) -> None:
+    shard["distances"] = shard["distances"][:, 1:]
+
+
+def one_row_fewer(shard: dict[str, torch.Tensor]) -> None:
+    shard["units"] = shard["units"][1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (roll("position"), ["positions"]),
+        (roll("label"), ["labels"]),
+        (backwards, ["distances"]),
+        (scale("distances", -1.0), ["distances"]),
+        (scale("units", 0.5), ["rows made again"]),
+        (other_neighbours, ["rows made again"]),
+        (beyond_vocabulary, ["token ids"]),
+        (one_distance_fewer, ["shapes"]),
+        (one_row_fewer, ["shapes"]),
+    ],
+)
+def test_corrupt_neighbours_fail(tiny, datastore_dir, kept, tmp_path, change, expected):
+    out = corrupted(kept, tmp_path / "targets", change)
+    status, _, failed = run(tiny, datastore_dir, out)
+    assert (status, failed) == (1, expected)
+
+
 def test_too_much_dropped_mass_fails(tiny, datastore_dir, made):
     assert run(tiny, datastore_dir, made, max_dropped_mass=0.001)[2] == ["mean dropped mass"]
 

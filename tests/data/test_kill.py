@@ -80,8 +80,8 @@ def test_datastore(tiny, tmp_path, index, keep_keys):
     _kill_and_compare("datastore", values, tmp_path)
 
 
-@pytest.mark.parametrize("max_entries", [None, 4])
-def test_targets(tiny, datastore_dir, tmp_path, max_entries):
+@pytest.mark.parametrize("other", [{}, {"max_entries": 4}, {"keep": "neighbours"}])
+def test_targets(tiny, datastore_dir, tmp_path, other):
     values = {"model": str(tiny / "model"), "tokens": tiny / "tokens", "datastore": datastore_dir}
-    values |= {"k": 16, "max_entries": max_entries, "device": "cpu"}
+    values |= {"k": 16, "device": "cpu", **other}
     _kill_and_compare("targets", values, tmp_path)

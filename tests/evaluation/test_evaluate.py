@@ -173,6 +173,17 @@ def test_killed_it_goes_on_with_the_contenders_that_are_left(evaluated, config, 
     assert contents(out) == contents(evaluated)
 
 
+def test_kept_neighbours_give_the_knn_lm_its_k_and_temperature(config, results, tiny, tmp_path):
+    from memdec.data.targets import TargetsConfig, targets
+
+    given = {"tokens": tiny.tokens, "datastore": tiny.datastore, "model": tiny.model, "k": 16}
+    targets(TargetsConfig(**given, keep="neighbours", device="cpu"), tmp_path / "kept")
+    kept = dataclasses.replace(config, targets=tmp_path / "kept", others=())
+    evaluate(kept, tmp_path / "eval")
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert rows(found)["kNN-LM"]["nll"] == rows(results)["kNN-LM"]["nll"]
+
+
 def test_a_given_lmbda_is_used_and_kNN_is_optional(config, tmp_path):
     given = dataclasses.replace(
         config, lmbda=0.25, datastore=None, targets=None, others=(), positions=100

@@ -10,19 +10,19 @@ import sys
 
 import torch
 import torch.distributed as dist
-from step_equality import BLOCK, Blocks, targets_of, tiny_model
+from step_equality import BLOCK, Blocks, rows, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
 from memdec.training.batches import BlockCollator
-from memdec.training.block_trainer import batch_targets, loss_for_logits
+from memdec.training.block_trainer import loss_for_logits
 
 
 def backward(model: LlamaForCausalLM, blocks: list[int], scale: float) -> None:
-    batch = BlockCollator(Blocks(), BLOCK, targets_of)(blocks)
-    batch = {name: array.to(model.device) for name, array in batch.items()}
-    arguments = {"targets": batch_targets(batch), "labels": batch["labels"], "normalizer": 50}
+    collator = BlockCollator(Blocks(), BLOCK, rows("neighbours"))
+    batch = {name: array.to(model.device) for name, array in collator(blocks).items()}
+    arguments = {"targets": collator.targets.of(batch), "labels": batch["labels"], "normalizer": 50}
     with loss_for_logits(model.lm_head, arguments):
         parts = model(input_ids=batch["input_ids"], use_cache=False).logits
     (scale * parts.loss).backward()

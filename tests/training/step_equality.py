@@ -1,7 +1,8 @@
 """Trains a tiny model for a few steps and saves its weights: a script for one process or several.
 
-python step_equality.py OUT BATCH ACCUMULATION DEVICE, on its own or under torch.distributed.run. A
-step takes BATCH * ACCUMULATION * processes blocks; the blocks differ in length, so shards are uneven.
+python step_equality.py OUT BATCH ACCUMULATION TAUGHT_BY DEVICE, on its own or under
+torch.distributed.run. A step takes BATCH * ACCUMULATION * processes blocks; the blocks differ in length,
+so shards are uneven. TAUGHT_BY is "targets" or "neighbours", the same ones.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from memdec.ops import knn_scatter
+from memdec.data.neighbours import Neighbours
+from memdec.data.targets import NeighbourRows, TargetRows
+from memdec.training.batch_targets import BatchTargets, StoredNeighbours, StoredTargets
 from memdec.training.batches import BlockCollator
 from memdec.training.block_trainer import BlockTrainer
 
@@ -36,13 +40,33 @@ class Blocks:
         return tokens[:-1], tokens[1:]
 
 
-def targets_of(positions: np.ndarray, labels: np.ndarray):
-    """A few neighbours of each position, the same whatever batch it is in."""
-    tokens, distances = np.empty((len(positions), 6), np.int64), np.empty((len(positions), 6))
-    for row, position in enumerate(positions):
-        generator = np.random.default_rng(position)
-        tokens[row], distances[row] = generator.integers(0, VOCAB, 6), generator.random(6)
-    return knn_scatter(torch.from_numpy(distances).float(), torch.from_numpy(tokens)).compact()
+class Store:
+    """The part of TargetStore that training reads: a few neighbours of each position."""
+
+    artefact = SimpleNamespace(path="none")
+
+    def gather_neighbours(self, positions: np.ndarray, k: int | None = None) -> NeighbourRows:
+        tokens, distances = np.empty((len(positions), 6), np.int32), np.empty((len(positions), 6))
+        labels = np.empty(len(positions), np.int64)
+        for row, position in enumerate(positions):
+            generator = np.random.default_rng(position)
+            tokens[row], distances[row] = generator.integers(0, VOCAB, 6), generator.random(6)
+            labels[row] = Blocks().block(position // BLOCK, BLOCK)[1][position % BLOCK]
+        distances = torch.from_numpy(distances).float().sort().values
+        options = {"vocab_size": VOCAB, "dtype": "float16"}
+        found = Neighbours.pack(distances, torch.from_numpy(tokens), **options)
+        return NeighbourRows(found, torch.from_numpy(positions), torch.from_numpy(labels))
+
+    def gather(self, positions: np.ndarray) -> TargetRows:
+        rows = self.gather_neighbours(positions)
+        targets = rows.neighbours.to_targets(1.0).compact()
+        return TargetRows(targets, rows.positions, rows.labels)
+
+
+def rows(taught_by: str = "targets") -> BatchTargets:
+    if taught_by == "neighbours":
+        return StoredNeighbours(Store(), k=6, temperature=1.0, max_entries=None)
+    return StoredTargets(Store())
 
 
 def tiny_model(**config: object) -> LlamaForCausalLM:
@@ -62,7 +86,12 @@ def tiny_model(**config: object) -> LlamaForCausalLM:
 
 
 def make_trainer(
-    work: Path, batch: int, accumulation: int, device: str = "cpu", **options: object
+    work: Path,
+    batch: int,
+    accumulation: int,
+    taught_by: str = "targets",
+    device: str = "cpu",
+    **options: object,
 ) -> BlockTrainer:
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -79,13 +108,13 @@ def make_trainer(
         use_cpu=device == "cpu",
         **options,
     )
-    collator = BlockCollator(Blocks(), BLOCK, targets_of)
+    collator = BlockCollator(Blocks(), BLOCK, rows(taught_by))
     return BlockTrainer(tiny_model(), arguments, blocks=BLOCKS, collator=collator, alpha=0.4)
 
 
-def main(out: str, batch: str, accumulation: str, device: str) -> None:
+def main(out: str, batch: str, accumulation: str, taught_by: str, device: str) -> None:
     with tempfile.TemporaryDirectory() as work:
-        trainer = make_trainer(Path(work), int(batch), int(accumulation), device)
+        trainer = make_trainer(Path(work), int(batch), int(accumulation), taught_by, device)
         trainer.train()
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)

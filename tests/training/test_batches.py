@@ -6,7 +6,7 @@ import torch
 
 from memdec.data.corpus import TokenCorpus
 from memdec.data.targets import TargetStore
-from memdec.ops import SparseTargets
+from memdec.training.batch_targets import NoTargets, StoredTargets
 from memdec.training.batches import IGNORE_INDEX, BlockCollator
 
 
@@ -19,7 +19,7 @@ def test_a_batch_holds_the_blocks_and_pads_the_short_last_one(stream, tiny):
     last = stream.blocks(tiny.block_size) - 1
     length = stream.positions - last * tiny.block_size
     assert 0 < length < tiny.block_size
-    batch = BlockCollator(stream, tiny.block_size, None)([last, 1])
+    batch = BlockCollator(stream, tiny.block_size, NoTargets())([last, 1])
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
     start = last * tiny.block_size
     assert torch.equal(batch["input_ids"][0, :length], tokens[start:-1])
@@ -32,11 +32,9 @@ def test_a_batch_holds_the_blocks_and_pads_the_short_last_one(stream, tiny):
 def test_each_label_has_its_own_target_row_and_padding_an_empty_one(stream, tiny):
     store = TargetStore.open(tiny.targets)
     last = stream.blocks(tiny.block_size) - 1
-    collate = BlockCollator(
-        stream, tiny.block_size, lambda positions, labels: store.gather(positions).targets
-    )
+    collate = BlockCollator(stream, tiny.block_size, StoredTargets(store))
     batch = collate([2, last, 0])
-    targets = SparseTargets(batch["target_indptr"], batch["target_ids"], batch["target_probs"])
+    targets = collate.targets.of(batch)
     assert len(targets) == batch["labels"].numel()
     dense = targets.validate(64).to_dense(64).view(3, tiny.block_size, 64)
     for row, number in enumerate([2, last, 0]):

@@ -36,20 +36,32 @@ def assert_same(ours: Weights, wanted: Weights) -> None:
         torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=2e-7)
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(1, 6), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "taught_by"),
+    [(1, 6, "targets"), (2, 3, "neighbours"), (3, 2, "targets")],
+)
 def test_accumulated_micro_batches_are_one_batch(
-    batch: int, accumulation: int, one_batch: Weights, tmp_path: Path
+    batch: int, accumulation: int, taught_by: str, one_batch: Weights, tmp_path: Path
 ) -> None:
-    assert_same(trained(tmp_path, batch, accumulation), one_batch)
+    assert_same(trained(tmp_path, batch, accumulation, taught_by=taught_by), one_batch)
 
 
-@pytest.mark.parametrize(("processes", "batch", "accumulation"), [(2, 1, 3), (3, 2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation", "taught_by"),
+    [(2, 1, 3, "targets"), (3, 2, 1, "neighbours")],
+)
 def test_processes_with_uneven_shards_are_one_process(
-    processes: int, batch: int, accumulation: int, one_batch: Weights, tmp_path: Path
+    processes: int,
+    batch: int,
+    accumulation: int,
+    taught_by: str,
+    one_batch: Weights,
+    tmp_path: Path,
 ) -> None:
     """19 blocks of two lengths: some process has fewer tokens, in the last step even none."""
     out = tmp_path / "weights.safetensors"
-    launch(processes, step_equality.__file__, str(out), str(batch), str(accumulation), "cpu")
+    command = step_equality.__file__, str(out), str(batch), str(accumulation), taught_by, "cpu"
+    launch(processes, *command)
     assert_same(load_file(out), one_batch)
 
 

@@ -5,14 +5,17 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from killed import contents, run_killed
 from safetensors.torch import load_file, save_file
 
 from memdec.data.artefact import file_sha256
+from memdec.data.targets import TargetsConfig, targets
 from memdec.errors import MemdecError
 from memdec.training.distill import TrainConfig, train
 
@@ -111,11 +114,94 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(trained, config, tmp
     assert contents(out) == contents(trained)
 
 
+@pytest.fixture(scope="module")
+def kept(tiny, tmp_path_factory) -> Callable[..., Path]:
+    """Makes targets of `tiny`, given what else is asked for."""
+    root = tmp_path_factory.mktemp("kept")
+
+    def make(name: str, **options: object) -> Path:
+        if not (root / name).exists():
+            given = {"tokens": tiny.tokens, "datastore": tiny.datastore, "k": 16, "device": "cpu"}
+            targets(TargetsConfig(model=tiny.model, **given, **options), root / name)
+        return root / name
+
+    return make
+
+
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "memory" / "model.safetensors")
+
+
+def test_neighbours_in_float32_train_what_their_targets_do(trained, config, kept, tmp_path):
+    exact = kept("float32", keep="neighbours", distance_dtype="float32")
+    train(dataclasses.replace(config, targets=exact), tmp_path / "train")
+    for file in ("memory/model.safetensors", "curve.json", "base.npy"):
+        assert (tmp_path / "train" / file).read_bytes() == (trained / file).read_bytes()
+
+
+def test_neighbours_in_float16_train_nearly_the_same(trained, config, kept, tmp_path):
+    narrow = dataclasses.replace(config, targets=kept("float16", keep="neighbours"))
+    train(narrow, tmp_path / "train")
+    curves = [json.loads((out / "curve.json").read_text()) for out in (tmp_path / "train", trained)]
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    params = json.loads((tmp_path / "train" / "manifest.json").read_text())["params"]
+    assert (params["k"], params["max_entries"]) == (16, None)
+
+
+def test_another_temperature_and_k_are_those_of_fresh_targets(config, kept, tmp_path):
+    chosen = {"temperature": 40.0, "k": 5, "max_entries": 3}
+    fresh = tmp_path / "fresh"
+    given = {"tokens": config.tokens, "datastore": config.tokens.parent / "datastore"}
+    targets(TargetsConfig(**given, **chosen, device="cpu"), fresh)
+    once = dataclasses.replace(config, epochs=1, validations=1)
+    train(dataclasses.replace(once, targets=fresh), tmp_path / "wanted")
+    exact = kept("float32", keep="neighbours", distance_dtype="float32")
+    train(dataclasses.replace(once, targets=exact, **chosen), tmp_path / "found")
+    train(dataclasses.replace(once, targets=exact), tmp_path / "other")
+    wanted, found, other = (weights_of(tmp_path / name) for name in ("wanted", "found", "other"))
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert not all(torch.equal(other[name], weight) for name, weight in wanted.items())
+
+
+def test_training_from_neighbours_is_killed_and_goes_on(config, kept, tmp_path):
+    taught = dataclasses.replace(
+        config, targets=kept("float16", keep="neighbours"), temperature=2.0, k=8
+    )
+    train(taught, tmp_path / "whole")
+    for moment, count in [("forward pass", 9), ("part of a checkpoint", 3)]:
+        assert run_killed(train, taught, tmp_path / "killed", moment, count), (moment, count)
+    train(taught, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    with pytest.raises(MemdecError, match=r"option temperature = 2\.0, this run has 3\.0"):
+        train(dataclasses.replace(taught, temperature=3.0), tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("keep", "changes", "message"),
+    [
+        ("targets", {"temperature": 2.0}, "temperature goes with kept neighbours"),
+        ("targets", {"k": 4}, "k goes with kept neighbours"),
+        ("targets", {"max_entries": 4}, "max_entries goes with kept neighbours"),
+        ("neighbours", {"k": 17}, "k must be at most 16, the neighbours that targets keeps"),
+    ],
+)
+def test_what_the_targets_cannot_follow_is_refused(config, kept, tmp_path, keep, changes, message):
+    given = kept("float16", keep="neighbours") if keep == "neighbours" else config.targets
+    with pytest.raises(MemdecError, match=message):
+        train(dataclasses.replace(config, targets=given, **changes), tmp_path / "train")
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize("keep", ["targets", "neighbours"])
 @pytest.mark.parametrize("field", ["position", "label"])
-def test_a_target_row_of_another_token_stops_the_training(field, config, tiny, tmp_path):
+def test_a_target_row_of_another_token_stops_the_training(
+    field, keep, config, tiny, kept, tmp_path
+):
     """Forks of the official code trained on rows that no longer matched, or trimmed them."""
     targets = tmp_path / "targets"
-    shutil.copytree(tiny.targets, targets)
+    made = kept("float16", keep="neighbours") if keep == "neighbours" else tiny.targets
+    shutil.copytree(made, targets)
     (shard,) = targets.glob("targets/*.safetensors")
     tensors = load_file(shard)
     tensors[field] = tensors[field].clone()
@@ -146,6 +232,8 @@ def test_inputs_of_other_stages_are_refused(config, tiny, tmp_path):
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"memory_layers": 0}, "memory_layers must be at least 1, got 0"),
         ({"memory_width": 16}, "memory_width goes with memory_init fresh only"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"k": 0}, "k must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused(changes, message, config):

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 
 def test_two_gpus_with_uneven_shards_are_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    launch(1, step_equality.__file__, str(one), "6", "1", "cuda")
-    launch(2, step_equality.__file__, str(two), "1", "3", "cuda")
+    launch(1, step_equality.__file__, str(one), "6", "1", "neighbours", "cuda")
+    launch(2, step_equality.__file__, str(two), "1", "3", "neighbours", "cuda")
     wanted = load_file(one)
     for name, weight in load_file(two).items():
         if name != "loss_sums":  # each process has its own
