@@ -1,7 +1,7 @@
 // knn_scatter: k neighbours of each row to one sparse distribution of each row.
 //
-// A block takes a row, 8 neighbours a thread: sort by (token, neighbour), add up equal tokens with
-// a segmented scan in a fixed order, sort what is left by (probability, token). The sorts are
+// A block takes a row, some neighbours a thread: sort by (token, neighbour), add up equal tokens
+// with a segmented scan in a fixed order, sort what is left by (probability, token). The sorts are
 // bitonic networks of 32-bit keys where that is enough: within a thread's registers, then by
 // shuffles, and through shared memory only where threads of different warps meet. Rows are then
 // packed: a prefix sum of their lengths, and a copy that also fills the unused slots.
@@ -17,7 +17,11 @@ constexpr int kScanThreads = 1024;
 constexpr int kPackThreads = 128;
 constexpr int kWord = 4;            // values that the copy fills at a time
 constexpr int64_t kFewRows = 2048;  // whose lengths every block of the copy adds up itself
-constexpr int kItems = 8;           // of a thread
+constexpr int kScanItems = 8;       // of a thread
+// Neighbours a thread: few where a row has few, since then it is latency that counts.
+constexpr int kFewItems = 2, kManyItems = 8;
+constexpr int kFewNeighbors = 256;
+template <int kItems>
 constexpr int kMinSize = kItems * kWarpSize;  // of a sort: whole warps
 constexpr uint64_t kNoKey = ~0ull;
 
@@ -30,11 +34,11 @@ __device__ void order(Key& a, Key& b, bool ascending) {
   a = low;
 }
 
-// The last steps of a merge, between keys of one thread: they are kStride apart, then closer.
-template <int kStride, typename Key>
+// The last steps of a merge, between keys of one thread: half of them apart, then closer.
+template <int kItems, typename Key>
 __device__ void merge_items(Key (&keys)[kItems], bool ascending) {
 #pragma unroll
-  for (int stride = kStride; stride > 0; stride /= 2) {
+  for (int stride = kItems / 2; stride > 0; stride /= 2) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       if (!(i & stride)) order(keys[i], keys[i + stride], ascending);
@@ -43,7 +47,7 @@ __device__ void merge_items(Key (&keys)[kItems], bool ascending) {
 }
 
 // The last steps of a merge, within a warp: between keys kDistance threads apart, then closer.
-template <int kDistance, typename Key>
+template <int kDistance, int kItems, typename Key>
 __device__ void merge_warp(Key (&keys)[kItems], bool ascending) {
 #pragma unroll
   for (int distance = kDistance; distance > 0; distance /= 2) {
@@ -54,40 +58,39 @@ __device__ void merge_warp(Key (&keys)[kItems], bool ascending) {
       if ((key < keys[i]) == keep_low) keys[i] = key;
     }
   }
-  merge_items<4>(keys, ascending);
+  merge_items(keys, ascending);
 }
 
 // Ascending bitonic sort of `size` different keys, a power of two and at least kMinSize, by the
-// whole block: thread t holds keys 8 t to 8 t + 7. Warps behind hold none and only wait. `exchange`
-// has room for `size` keys.
-template <typename Key>
+// whole block: each thread holds the next kItems keys. Warps behind hold none and only wait.
+// `exchange` has room for `size` keys.
+template <int kItems, typename Key>
 __device__ void sort_keys(Key (&keys)[kItems], int size, Key* exchange) {
   const int thread = threadIdx.x, first = thread * kItems;
   const int threads = size / kItems;
   const bool holds_keys = thread < threads;
   if (holds_keys) {
 #pragma unroll
-    for (int i = 0; i < kItems; i += 2) order(keys[i], keys[i + 1], !(i & 2));
+    for (int span = 2; span <= kItems; span *= 2) {
 #pragma unroll
-    for (int half = 0; half < kItems; half += 4) {
-      const bool ascending = half == 0;
-      order(keys[half], keys[half + 2], ascending);
-      order(keys[half + 1], keys[half + 3], ascending);
-      order(keys[half], keys[half + 1], ascending);
-      order(keys[half + 2], keys[half + 3], ascending);
+      for (int stride = span / 2; stride > 0; stride /= 2) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          if (!(i & stride)) order(keys[i], keys[i + stride], !((first + i) & span));
+        }
+      }
     }
-    merge_items<4>(keys, !(first & kItems));
     merge_warp<1>(keys, !(first & 2 * kItems));
     merge_warp<2>(keys, !(first & 4 * kItems));
     merge_warp<4>(keys, !(first & 8 * kItems));
     merge_warp<8>(keys, !(first & 16 * kItems));
-    merge_warp<16>(keys, !(first & kMinSize));
+    merge_warp<16>(keys, !(first & 32 * kItems));
   }
 #pragma unroll 1
-  for (int span = 2 * kMinSize; span <= size; span *= 2) {
+  for (int span = 2 * kMinSize<kItems>; span <= size; span *= 2) {
     const bool ascending = !(first & span);
 #pragma unroll 1
-    for (int stride = span / 2; stride >= kMinSize; stride /= 2) {
+    for (int stride = span / 2; stride >= kMinSize<kItems>; stride /= 2) {
       const int other = thread ^ (stride / kItems);
       const bool keep_low = (thread < other) == ascending;
       __syncthreads();  // `exchange` was read
@@ -158,8 +161,10 @@ __device__ int count_before(int count, int* warps, int* total) {
   return before + sum - count;
 }
 
-__host__ __device__ inline int power_of_two_from(int n) {
-  int size = kMinSize;
+// The smallest size of a sort that takes n keys.
+template <int kItems>
+__host__ __device__ inline int sort_size(int n) {
+  int size = kMinSize<kItems>;
   while (size < n) size *= 2;
   return size;
 }
@@ -194,7 +199,7 @@ __device__ float block_min(float value, float* shared) {
 // Sorts a row's neighbours by token. In: this thread's neighbours are those `threads` apart, their
 // tokens -1 where they are not valid. Out: `tokens` and `neighbors` of its places in the order,
 // again -1 at the end.
-template <typename Key>
+template <typename Key, int kItems>
 __device__ void sort_neighbors(int32_t (&tokens)[kItems], int (&neighbors)[kItems], int size,
                                int index_bits, uint64_t* storage) {
   constexpr Key kNone = static_cast<Key>(kNoKey);
@@ -215,10 +220,11 @@ __device__ void sort_neighbors(int32_t (&tokens)[kItems], int (&neighbors)[kItem
 // Sorts `count` entries, ~probability above token, which are in the order of their tokens. By the
 // leading bits of the probability and the place: that leaves wrong only what differs in the bits
 // that did not fit, which is rare and found out. `exchange` has room for as many numbers.
+template <int kItems>
 __device__ void sort_entries(uint64_t* entries, int count, int index_bits, uint32_t* exchange) {
   constexpr int kProbBits = 30;  // of a float32 up to 1
   constexpr uint32_t kNone = static_cast<uint32_t>(kNoKey);
-  const int size = power_of_two_from(count), first = threadIdx.x * kItems;
+  const int size = sort_size<kItems>(count), first = threadIdx.x * kItems;
   const uint32_t places = (1u << index_bits) - 1;
   uint32_t keys[kItems];
 #pragma unroll
@@ -255,7 +261,7 @@ __device__ void sort_entries(uint64_t* entries, int count, int index_bits, uint3
   __syncthreads();  // the sorted entries are visible to all
 }
 
-template <typename Distance, typename Token>
+template <int kItems, typename Distance, typename Token>
 __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
   extern __shared__ uint64_t keys[];                             // [size]
   float* row_distances = reinterpret_cast<float*>(keys + size);  // [size] by neighbour
@@ -347,7 +353,7 @@ __global__ void knn_scatter_kernel(KnnScatterArgs args, int size) {
     }
   }
   __syncthreads();  // every entry is written
-  sort_entries(keys, count, index_bits, reinterpret_cast<uint32_t*>(row_distances));
+  sort_entries<kItems>(keys, count, index_bits, reinterpret_cast<uint32_t*>(row_distances));
 
   const auto prob_of = [&](int i) {
     return __uint_as_float(~static_cast<uint32_t>(keys[i] >> 32));
@@ -380,16 +386,16 @@ __global__ void __launch_bounds__(kScanThreads) knn_scatter_scan_kernel(KnnScatt
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   int64_t offset = 0;
   if (threadIdx.x == 0) args.indptr[0] = 0;
-  for (int64_t first = 0; first < args.rows; first += kItems * kScanThreads) {
-    const int64_t row = first + kItems * threadIdx.x;
-    int64_t ends[kItems];
+  for (int64_t first = 0; first < args.rows; first += kScanItems * kScanThreads) {
+    const int64_t row = first + kScanItems * threadIdx.x;
+    int64_t ends[kScanItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
+    for (int i = 0; i < kScanItems; ++i) {
       ends[i] = row + i < args.rows ? args.scratch_counts[row + i] : 0;
     }
 #pragma unroll
-    for (int i = 1; i < kItems; ++i) ends[i] += ends[i - 1];
-    int64_t sum = ends[kItems - 1];
+    for (int i = 1; i < kScanItems; ++i) ends[i] += ends[i - 1];
+    int64_t sum = ends[kScanItems - 1];
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
       const int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
@@ -397,13 +403,13 @@ __global__ void __launch_bounds__(kScanThreads) knn_scatter_scan_kernel(KnnScatt
     }
     if (lane == kWarpSize - 1) warp_sums[warp] = sum;
     __syncthreads();  // every warp's sum is written before any is read
-    int64_t before = offset + sum - ends[kItems - 1];
+    int64_t before = offset + sum - ends[kScanItems - 1];
     for (int i = 0; i < kMaxWarps; ++i) {
       if (i < warp) before += warp_sums[i];
       offset += warp_sums[i];
     }
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
+    for (int i = 0; i < kScanItems; ++i) {
       if (row + i < args.rows) args.indptr[row + i + 1] = before + ends[i];
     }
     __syncthreads();  // the sums were read before the next chunk overwrites them
@@ -470,25 +476,34 @@ Status knn_scatter(const KnnScatterArgs& args, int device, void* stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int size = power_of_two_from(static_cast<int>(args.k));
-  const int threads = size / kItems;
-  const size_t bytes = size * (sizeof(uint64_t) + sizeof(float));
+  const int k = static_cast<int>(args.k);
   cudaError_t error = cudaSuccess;
-  const auto launch = [&](auto distance, auto token) {
-    const auto kernel = knn_scatter_kernel<decltype(distance), decltype(token)>;
+  const auto launch = [&](auto items, auto distance, auto token) {
+    constexpr int kItems = decltype(items)::value;
+    const auto kernel = knn_scatter_kernel<kItems, decltype(distance), decltype(token)>;
+    const int size = sort_size<kItems>(k);
+    const size_t bytes = size * (sizeof(uint64_t) + sizeof(float));
     if (bytes > 32 * 1024) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(bytes));
     }
     if (error != cudaSuccess) return;
-    error = launch_overlapping(kernel, args.rows, threads, bytes, device, cuda_stream, args, size);
+    error = launch_overlapping(kernel, args.rows, size / kItems, bytes, device, cuda_stream, args,
+                               size);
+  };
+  const auto launch_of = [&](auto distance, auto token) {
+    if (k <= kFewNeighbors) {
+      launch(std::integral_constant<int, kFewItems>{}, distance, token);
+    } else {
+      launch(std::integral_constant<int, kManyItems>{}, distance, token);
+    }
   };
   if (args.rows > 0) {
     with_dtype(args.distance_dtype, [&](auto distance) {
       if (args.tokens_are_int64) {
-        launch(distance, int64_t{});
+        launch_of(distance, int64_t{});
       } else {
-        launch(distance, int32_t{});
+        launch_of(distance, int32_t{});
       }
     });
     if (error != cudaSuccess) return status_of(error);
