@@ -17,6 +17,8 @@ COLUMNS = 64
 # What the op returns beside its first tensor.
 FURTHER_OUTPUTS = {
     "fused_interpolate": 0,
+    "interpolate_sample, greedy": 1,
+    "interpolate_sample": 1,
     "token_log_probs": 0,
     "knn_scatter": 3,
     "sparse_kl_loss": 2,
@@ -45,6 +47,10 @@ def test_host_time(benchmark, device, copy_bandwidth, op):
     targets = ops.knn_scatter(distances, tokens)
     calls = {
         "fused_interpolate": lambda: ops.fused_interpolate(base, memory, 0.3),
+        "interpolate_sample, greedy": lambda: ops.interpolate_sample(
+            base, memory, 0.3, temperature=0
+        ),
+        "interpolate_sample": lambda: ops.interpolate_sample(base, memory, 0.3),
         "token_log_probs": lambda: ops.token_log_probs(base, labels),
         "knn_scatter": lambda: ops.knn_scatter(distances, tokens),
         "sparse_kl_loss": lambda: ops.sparse_kl_loss(base, targets, labels),

@@ -25,6 +25,10 @@ def main() -> None:
 
         ops.fused_interpolate(memory, memory.flip(0), lmbda)  # rows that lie alike
 
+        for filters in ({"temperature": 0}, {}, {"temperature": 0.8}, {"top_k": 9, "top_p": 0.9}):
+            ops.interpolate_sample(base, memory, lmbda, vocab_size=max(1, width - 1), **filters)
+            ops.interpolate_sample(memory, memory.flip(0), lmbda, **filters)
+
         labels = torch.tensor([0, -100, width - 1, width + 5, 0] * (rows // 5), device="cuda")
         ops.token_log_probs(base, labels).sum().backward()
 

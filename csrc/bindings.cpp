@@ -103,6 +103,32 @@ void interpolate_backward(int device, Address queue, int64_t rows, const Rows& b
   MEMDEC_RUN(interpolate_backward);
 }
 
+void interpolate_sample(int device, Address queue, int64_t rows, const Rows& base,
+                        const Rows& memory, int64_t vocab, float lmbda, Address lmbda_rows,
+                        int64_t lmbda_stride, float inv_temperature, float temperature,
+                        int64_t top_k, float top_p, float min_p, Address seeds, Address tokens,
+                        Address log_probs, Address stats, Address groups) {
+  InterpolateSampleArgs args;
+  args.rows = rows;
+  args.base = view(base);
+  args.memory = view(memory);
+  args.vocab = vocab;
+  args.lmbda = lmbda;
+  args.lmbda_rows = pointer<const float>(lmbda_rows);
+  args.lmbda_stride = lmbda_stride;
+  args.inv_temperature = inv_temperature;
+  args.temperature = temperature;
+  args.top_k = top_k;
+  args.top_p = top_p;
+  args.min_p = min_p;
+  args.seeds = pointer<const int64_t>(seeds);
+  args.tokens = pointer<int64_t>(tokens);
+  args.log_probs = pointer<float>(log_probs);
+  args.stats = pointer<RowStats>(stats);
+  args.groups = pointer<float>(groups);
+  MEMDEC_RUN(interpolate_sample);
+}
+
 void token_log_probs(int device, Address queue, int64_t rows, const Rows& logits, int64_t vocab,
                      Address labels, int64_t ignore_index, Address out, Address stats) {
   TokenLogProbsArgs args;
@@ -232,6 +258,14 @@ void set_simd_level(const std::string& name) {
   throw py::value_error("SIMD level must be one of " + known + ", got " + name);
 }
 
+int64_t sample_groups([[maybe_unused]] int64_t vocab) {
+#ifdef MEMDEC_WITH_CUDA
+  return cuda::sample_groups(vocab);
+#else
+  return 0;
+#endif
+}
+
 std::optional<std::string> cuda_unavailable_reason() {
 #ifdef MEMDEC_WITH_CUDA
   const char* reason = cuda::unavailable_reason();
@@ -255,6 +289,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_simd_level", &set_simd_level, "Chooses the SIMD level for this process.");
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason,
         "None when CUDA kernels can run here, else why not.");
+  m.def("sample_groups", &sample_groups,
+        "Floats of scratch a row that interpolate_sample needs on CUDA.");
 #define MEMDEC_DEF(name, Args) m.def(#name, &name);
   MEMDEC_FOR_EACH_KERNEL(MEMDEC_DEF)
 #undef MEMDEC_DEF

@@ -52,6 +52,28 @@ struct InterpolateArgs {
   RowStats* stats = nullptr;  // [rows, 2] (base, memory), or null
 };
 
+// A token drawn from each row of that mixture, without writing it.
+struct InterpolateSampleArgs {
+  int64_t rows = 0;
+  RowsView base;
+  RowsView memory;
+  int64_t vocab = 0;
+  float lmbda = 0.f;
+  const float* lmbda_rows = nullptr;
+  int64_t lmbda_stride = 1;
+  float inv_temperature = 1.f;     // the memory's
+  float temperature = 1.f;         // of the draw; 0: the most probable token
+  int64_t top_k = 0;               // at most vocab, which keeps all
+  float top_p = 1.f;               // 1 keeps all
+  float min_p = 0.f;               // 0 keeps all
+  const int64_t* seeds = nullptr;  // [rows], or null when temperature is 0
+  int64_t* tokens = nullptr;       // [rows]
+  float* log_probs = nullptr;      // [rows]: of the token, in the mixture as it is
+  // CUDA's scratch: [rows, 2] (base, memory), and [rows, sample_groups(vocab)].
+  RowStats* stats = nullptr;
+  float* groups = nullptr;
+};
+
 // Gradients of InterpolateArgs' result; a null pointer leaves one out.
 struct InterpolateBackwardArgs {
   int64_t rows = 0;

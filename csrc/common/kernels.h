@@ -10,6 +10,7 @@ namespace memdec {
 #define MEMDEC_FOR_EACH_KERNEL(X)                        \
   X(interpolate, InterpolateArgs)                        \
   X(interpolate_backward, InterpolateBackwardArgs)       \
+  X(interpolate_sample, InterpolateSampleArgs)           \
   X(token_log_probs, TokenLogProbsArgs)                  \
   X(token_log_probs_backward, TokenLogProbsBackwardArgs) \
   X(sparse_kl, SparseKLArgs)                             \
@@ -37,6 +38,9 @@ namespace cuda {
 #define MEMDEC_DECLARE(name, Args) Status name(const Args& args, int device, void* stream);
 MEMDEC_FOR_EACH_KERNEL(MEMDEC_DECLARE)
 #undef MEMDEC_DECLARE
+
+// Values of InterpolateSampleArgs' groups that a row may need.
+int64_t sample_groups(int64_t vocab);
 
 // Null when kernels can run here, else why not (no driver, driver too old, no device).
 const char* unavailable_reason();

@@ -1,14 +1,21 @@
 """The mixture of two language models' distributions: one read of each logits matrix, one write."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memdec import _native
-from memdec.environment import environment
 from memdec.ops import _checks, _reference
+from memdec.ops._mixture import (
+    MIXTURE_SCHEMA,
+    MixtureInputs,
+    check_mixture,
+    check_values,
+    flat_inputs,
+    lmbda_view,
+)
 from memdec.ops._registration import needs_gradient, register
 from memdec.ops._rows import collapse, empty_like, overlaps_itself, rows_view, share_memory
 
@@ -60,32 +67,13 @@ def fused_interpolate(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
         RuntimeError: `out` together with an input that requires grad, in grad mode.
     """
-    _checks.check_logits("base_logits", base_logits)
-    _checks.check_logits("memory_logits", memory_logits)
-    _checks.check_device("memory_logits", memory_logits, base_logits)
-    if (
-        memory_logits.shape != base_logits.shape
-        and memory_logits.shape[:-1] != base_logits.shape[:-1]
-    ):
-        raise ValueError(
-            f"memory_logits must have the leading shape of base_logits, "
-            f"{tuple(base_logits.shape[:-1])}, got {tuple(memory_logits.shape[:-1])}"
-        )
-    lmbda_rows = None
-    if isinstance(lmbda, Tensor):
-        _check_lmbda(lmbda, base_logits)
-        lmbda_rows = lmbda
-        lmbda = 0.0
-    else:
-        _checks.check_fraction("lmbda", lmbda)
-    _checks.check_temperature("memory_temperature", memory_temperature)
-    vocab_size = _checks.check_vocab_size(vocab_size, base_logits.shape[-1])
+    inputs = check_mixture(base_logits, memory_logits, lmbda, memory_temperature, vocab_size)
     if out_dtype not in _checks.FLOAT_DTYPES:
         raise TypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
-    inputs = _Inputs(base_logits, memory_logits, lmbda, lmbda_rows, memory_temperature, vocab_size)
+    tensors = inputs.tensors()
     if out is not None:
-        _check_out(out, out_dtype, base_logits, memory_logits, lmbda_rows)
-    elif torch.compiler.is_compiling() or needs_gradient(base_logits, memory_logits, lmbda_rows):
+        _check_out(out, out_dtype, *tensors)
+    elif torch.compiler.is_compiling() or needs_gradient(*tensors):
         return _op(*inputs, out_dtype)[0]
     else:
         out = empty_like(base_logits, out_dtype)
@@ -93,20 +81,7 @@ def fused_interpolate(
     return out
 
 
-def _check_lmbda(lmbda: Tensor, base: Tensor) -> None:
-    if not lmbda.is_floating_point():
-        raise TypeError(f"lmbda must be a floating-point tensor, got {lmbda.dtype}")
-    _checks.check_device("lmbda", lmbda, base)
-    lead = base.shape[:-1]
-    sizes = zip(reversed(lmbda.shape), reversed(lead), strict=False)
-    if lmbda.dim() > len(lead) or any(size not in (1, wanted) for size, wanted in sizes):
-        raise ValueError(
-            f"lmbda must broadcast to {tuple(lead)}, the shape of base_logits without the "
-            f"vocabulary, got {tuple(lmbda.shape)}"
-        )
-
-
-def _check_out(out: Tensor, out_dtype: torch.dtype, base: Tensor, *inputs: Tensor | None) -> None:
+def _check_out(out: Tensor, out_dtype: torch.dtype, base: Tensor, *inputs: Tensor) -> None:
     _checks.check_matrix("out", out)
     if out.dtype != out_dtype:
         raise TypeError(f"out must be {out_dtype}, the out_dtype, got {out.dtype}")
@@ -115,7 +90,7 @@ def _check_out(out: Tensor, out_dtype: torch.dtype, base: Tensor, *inputs: Tenso
             f"out must have the shape of base_logits, {tuple(base.shape)}, got {tuple(out.shape)}"
         )
     _checks.check_device("out", out, base)
-    tensors = [tensor for tensor in (base, *inputs) if tensor is not None]
+    tensors = base, *inputs
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *tensors)):
         raise RuntimeError(
             "fused_interpolate: out= does not support automatic differentiation, but one of the "
@@ -202,21 +177,10 @@ def _weight(lmbda: Tensor) -> Tensor:
 # ---- the registered ops ----
 
 
-class _Inputs(NamedTuple):
-    """What every op of this file takes first, in the order of the schemas."""
-
-    base: Tensor
-    memory: Tensor
-    lmbda: float  # used when lmbda_rows is None
-    lmbda_rows: Tensor | None
-    memory_temperature: float
-    vocab_size: int
-
-
 def _interpolate(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The result and, for the backward kernel, a maximum and a log-norm of each row and model."""
     out, stats = _fake(*arguments)
-    _interpolate_into(_Inputs(*arguments[:-1]), out, stats)
+    _interpolate_into(MixtureInputs(*arguments[:-1]), out, stats)
     return out, stats
 
 
@@ -232,17 +196,16 @@ def _interpolate_out(*arguments: Any) -> None:
     *inputs, out = arguments
     # Memory that cannot be described to a kernel by two strides is filled by a copy.
     target = out if out.dim() == 2 or collapse(out) is not None else out.new_empty(out.shape)
-    _interpolate_into(_Inputs(*inputs), target, None)
+    _interpolate_into(MixtureInputs(*inputs), target, None)
     if target is not out:
         out.copy_(target)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 
-def _interpolate_into(inputs: _Inputs, out: Tensor, stats: Tensor | None) -> None:
+def _interpolate_into(inputs: MixtureInputs, out: Tensor, stats: Tensor | None) -> None:
     base, memory, lmbda, lmbda_rows, memory_temperature, vocab_size = inputs
-    if environment.check_values and lmbda_rows is not None:
-        _check_lmbda_values(lmbda_rows)
+    check_values(inputs)
     if out.numel() == 0:
         return
     kernels = _native.kernels_for(base.device.type)
@@ -253,7 +216,7 @@ def _interpolate_into(inputs: _Inputs, out: Tensor, stats: Tensor | None) -> Non
         return
     base, base_view = rows_view(base)
     memory, memory_view = rows_view(memory)
-    lmbda_rows, lmbda_address, lmbda_stride = _lmbda_view(lmbda_rows, base)
+    lmbda_rows, lmbda_address, lmbda_stride = lmbda_view(lmbda_rows, base)
     kernels.interpolate(
         *_native.launch_on(base.device),
         out.numel() // out.shape[-1],
@@ -269,10 +232,10 @@ def _interpolate_into(inputs: _Inputs, out: Tensor, stats: Tensor | None) -> Non
     )
 
 
-def _reference_into(inputs: _Inputs, out: Tensor) -> None:
+def _reference_into(inputs: MixtureInputs, out: Tensor) -> None:
     rows, width = out.numel() // out.shape[-1], out.shape[-1]
     flat = out.view(rows, width) if out.is_contiguous() else out.new_empty(rows, width)
-    base, memory, weight = _flat_inputs(inputs, rows)
+    base, memory, weight = flat_inputs(inputs, rows)
     for chunk in _reference.row_chunks(rows, width):
         flat[chunk] = reference_interpolate(
             base[chunk],
@@ -288,7 +251,7 @@ def _reference_into(inputs: _Inputs, out: Tensor) -> None:
 def _interpolate_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of base, memory and lmbda (float32, one a row); empty where not wanted."""
     grad, *fields, stats, wanted = arguments
-    inputs = _Inputs(*fields)
+    inputs = MixtureInputs(*fields)
     base, memory, lmbda, lmbda_rows, memory_temperature, vocab_size = inputs
     grads = grad_base, grad_memory, grad_lmbda = _fake_backward(*arguments)
     rows = math.prod(base.shape[:-1])
@@ -303,7 +266,7 @@ def _interpolate_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad, grad_view = rows_view(grad)
     base, base_view = rows_view(base)
     memory, memory_view = rows_view(memory)
-    lmbda_rows, lmbda_address, lmbda_stride = _lmbda_view(lmbda_rows, base)
+    lmbda_rows, lmbda_address, lmbda_stride = lmbda_view(lmbda_rows, base)
     kernels.interpolate_backward(
         *_native.launch_on(base.device),
         rows,
@@ -337,10 +300,10 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reference_backward_into(
-    grad: Tensor, inputs: _Inputs, grads: tuple[Tensor, Tensor, Tensor], wanted: list[bool]
+    grad: Tensor, inputs: MixtureInputs, grads: tuple[Tensor, Tensor, Tensor], wanted: list[bool]
 ) -> None:
     rows = grad.shape[0]
-    base, memory, weight = _flat_inputs(inputs, rows)
+    base, memory, weight = flat_inputs(inputs, rows)
     for chunk in _reference.row_chunks(rows, base.shape[-1]):
         parts = reference_interpolate_backward(
             grad[chunk],
@@ -353,31 +316,6 @@ def _reference_backward_into(
         for result, part, want in zip(grads, parts, wanted, strict=True):
             if want:
                 result.view(rows, *part.shape[1:])[chunk] = part
-
-
-def _flat_inputs(inputs: _Inputs, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Base, memory and lmbda as the reference takes them: `[rows, ...]`."""
-    base, memory, lmbda, lmbda_rows, *_ = inputs
-    if lmbda_rows is None:
-        lmbda_rows = torch.full((), lmbda, dtype=torch.float64, device=base.device)
-    weight = lmbda_rows.expand(base.shape[:-1]).reshape(rows)
-    return base.reshape(rows, base.shape[-1]), memory.reshape(rows, memory.shape[-1]), weight
-
-
-def _lmbda_view(lmbda: Tensor | None, base: Tensor) -> tuple[Tensor | None, int, int]:
-    """`lmbda` as the kernels read it: float32, its address, and 0 for one value or 1 for rows."""
-    if lmbda is None:
-        return None, 0, 0
-    lmbda = lmbda.to(torch.float32)
-    if lmbda.numel() == 1:
-        return lmbda, lmbda.data_ptr(), 0
-    lmbda = lmbda.expand(base.shape[:-1]).contiguous()
-    return lmbda, lmbda.data_ptr(), 1
-
-
-def _check_lmbda_values(lmbda: Tensor) -> None:
-    if not bool(((lmbda >= 0) & (lmbda <= 1)).all()):
-        raise ValueError("lmbda must be from 0 to 1, but a value is outside")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -416,25 +354,21 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     )
 
 
-_INPUTS = (
-    "Tensor base, Tensor memory, float lmbda, Tensor? lmbda_rows, float memory_temperature, "
-    "SymInt vocab_size"
-)
 _backward_op = register(
-    f"fused_interpolate_backward(Tensor grad, {_INPUTS}, Tensor stats, bool[3] wanted)"
+    f"fused_interpolate_backward(Tensor grad, {MIXTURE_SCHEMA}, Tensor stats, bool[3] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     _interpolate_backward,
     _fake_backward,
 )
 _op = register(
-    f"fused_interpolate({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor)",
+    f"fused_interpolate({MIXTURE_SCHEMA}, ScalarType out_dtype) -> (Tensor, Tensor)",
     _interpolate,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 _out_op = register(
-    f"fused_interpolate_out({_INPUTS}, Tensor(a!) out) -> ()",
+    f"fused_interpolate_out({MIXTURE_SCHEMA}, Tensor(a!) out) -> ()",
     _interpolate_out,
     lambda *arguments: None,
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from memdec.ops import (
     fused_interpolate,
+    interpolate_sample,
     knn_scatter,
     linear_sparse_kl_loss,
     sparse_kl_loss,
@@ -38,3 +39,20 @@ def test_one_graph_of_the_default_compiler(device: str) -> None:
         torch.testing.assert_close(ours, wanted)
         (a,), (b,) = (torch.autograd.grad(value, hidden) for value in (ours, wanted))
         torch.testing.assert_close(a, b)
+
+
+def test_sampling_in_one_graph(device: str) -> None:
+    def draw(base: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, _ = interpolate_sample(base, memory, torch.sigmoid(base[:, 0]), top_p=0.9)
+        greedy, log_probs = interpolate_sample(2 * base, memory, 0.5, temperature=0)
+        return tokens, greedy + log_probs
+
+    torch.compiler.reset()
+    compiled = torch.compile(draw, fullgraph=True, dynamic=True)
+    for rows in (300, 500):
+        base = torch.randn(rows, 33, generator=torch.Generator().manual_seed(rows)).to(device)
+        (first, ours), (second, _) = (compiled(base, base.flip(0)) for _ in range(2))
+        torch.testing.assert_close(ours, draw(base, base.flip(0))[1])
+        assert first.min() >= 0
+        assert first.max() < 33
+        assert (first != second).any()

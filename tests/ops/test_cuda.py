@@ -17,6 +17,7 @@ from memdec import _native
 from memdec.ops import (
     SparseTargets,
     fused_interpolate,
+    interpolate_sample,
     knn_scatter,
     linear_sparse_kl_loss,
     sparse_kl_loss,
@@ -76,6 +77,10 @@ def interpolate_backward(x: Inputs) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out[:, :-1].float().pow(2).sum(), x.base)]
 
 
+def take_the_greatest(x: Inputs) -> list[Tensor]:
+    return list(interpolate_sample(x.base, x.memory, x.lmbda, temperature=0))
+
+
 def score(x: Inputs) -> list[Tensor]:
     out = token_log_probs(x.base, x.labels)
     return [out.detach(), *torch.autograd.grad(out.sum(), x.base)]
@@ -120,6 +125,7 @@ def train_from_hidden_states(x: Inputs) -> list[Tensor]:
 STEPS = [
     interpolate_forward,
     interpolate_backward,
+    take_the_greatest,
     score,
     scatter,
     train,
@@ -128,6 +134,26 @@ STEPS = [
     train_from_hidden_states,
 ]
 Step = Callable[[Inputs], list[Tensor]]
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 0.8}, {"top_k": 20}, {"top_p": 0.9}], ids=str
+)
+def test_replay_draws_anew(filters: dict[str, Any]) -> None:
+    logits = torch.zeros(512, 10_000, device="cuda", dtype=torch.bfloat16)
+    interpolate_sample(logits, logits, 0.5, **filters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, log_probs = interpolate_sample(logits, logits, 0.5, **filters)
+    draws = []
+    for _ in range(3):
+        graph.replay()
+        draws.append(tokens.clone())
+        torch.testing.assert_close(log_probs, torch.full_like(log_probs, -math.log(10_000)))
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (draws[a] == draws[b]).float().mean() < 0.2
+        assert draws[a].min() >= 0
+        assert draws[a].max() < 10_000
 
 
 @pytest.mark.parametrize("step", STEPS)
