@@ -14,6 +14,7 @@ import yaml
 from memdec.config import Config, option
 from memdec.console import say
 from memdec.data.artefact import Artefact
+from memdec.data.corpus import ISOLATE_HELP
 from memdec.errors import MemdecError
 from memdec.recipe import SHARED, STAGES, Recipe, parse_setting, read_recipe, set_option
 
@@ -37,6 +38,9 @@ class BuildConfig(Config):
         None, help="also fine-tune the base for as many epochs, to compare with (default: no)"
     )
     block_size: int | None = option(None, help="tokens of context in a block, for every stage")
+    isolate_documents: bool | None = option(
+        None, help=f"for every stage: {ISOLATE_HELP} (default: no)"
+    )
     seed: int | None = option(None, help="seed of everything random, for every stage")
     device: str | None = option(None, help="auto, cpu, cuda or cuda:N, for every stage")
     set: tuple[str, ...] = option((), help="any other option, as STAGE.OPTION=VALUE; repeatable")

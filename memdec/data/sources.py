@@ -128,7 +128,8 @@ class TeacherSource:
     def __post_init__(self) -> None:
         from memdec.evaluation.forward import check_model
 
-        check_model(self.model, self.block_size, self.vocab_size)
+        isolated = self.stream.isolate_documents
+        check_model(self.model, self.block_size, self.vocab_size, isolate_documents=isolated)
         expected = f"at most {self.vocab_size}, the tokens there are"
         require(self.top_m <= self.vocab_size, "top_m", expected, self.top_m)
 
@@ -140,10 +141,12 @@ class TeacherSource:
 
     def top(self, start: int, stop: int) -> Iterator[Top]:
         for first, last, blocks in block_batches(start, stop, self.block_size, self.batch_blocks):
-            tokens = self.stream.read(first, last).reshape(blocks, -1).astype(np.int64)
-            input_ids = to_device(tokens, self.model.device)
+            inputs = {
+                name: to_device(array, self.model.device)
+                for name, array in self.stream.inputs(first, last, blocks).items()
+            }
             with torch.inference_mode():
-                logits = self.model(input_ids=input_ids, use_cache=False).logits
+                logits = self.model(**inputs, use_cache=False).logits
                 parts = [self._top_of_block(block) for block in logits]
                 log_probs = torch.cat([values for values, _ in parts])
                 no_numbers = ~torch.isfinite(log_probs).all()

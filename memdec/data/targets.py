@@ -16,10 +16,10 @@ import numpy as np
 
 from memdec.config import Config, option, require
 from memdec.console import say
-from memdec.data.artefact import Artefact, StageWriter, file_sha256
+from memdec.data.artefact import Artefact, StageWriter, check_option, file_sha256
 from memdec.data.calibration import calibrate
 from memdec.data.contexts import contexts_of
-from memdec.data.corpus import TokenCorpus
+from memdec.data.corpus import ISOLATE_HELP, TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
@@ -38,7 +38,8 @@ KIND = "targets"
 SHARD_ROWS = 1 << 14
 
 
-# The options that each source uses beside tokens, block_size and device.
+_USED_BY_ALL = ("tokens", "source", "block_size", "isolate_documents", "device")
+# The options that each source uses beside those.
 _USED = {
     "knn": (
         *("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
@@ -106,6 +107,7 @@ class TargetsConfig(Config):
     block_size: int | None = option(
         None, help="tokens the teacher sees at once; by default the datastore's, else 1024"
     )
+    isolate_documents: bool = option(False, help=ISOLATE_HELP + "; as in the datastore")
     batch_blocks: int = option(8, help="blocks in one forward pass of the teacher")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "float32", help="of the teacher; for the source mixture the datastore's"
@@ -122,7 +124,7 @@ class TargetsConfig(Config):
             value = getattr(self, name)
             require(value is None or value > 0, name, "above 0", value)
         require(self.lmbda is None or 0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
-        used = ("tokens", "source", "block_size", "device", *_USED[self.source])
+        used = (*_USED_BY_ALL, *_USED[self.source])
         for field in fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:
                 raise MemdecError(f"{field.name} does not go with source {self.source}")
@@ -147,8 +149,8 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
     bytes that one would write.
 
     Raises:
-        MemdecError: a datastore of other tokens, of another teacher or of other blocks, k above its
-            size, a file of other tokens.
+        MemdecError: a datastore of other tokens, of another teacher, of other blocks or with documents
+            isolated otherwise, k above its size, a file of other tokens.
     """
     from memdec.modeling.loading import model_fingerprint
     from memdec.processes import join_processes, own_device, shared_stage
@@ -172,6 +174,7 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
         expected = f"{store.block_size}, the datastore's"
         require(config.block_size in (None, store.block_size), "block_size", expected, block_size)
         block_size = store.block_size
+        check_option(store.artefact, "isolate_documents", config.isolate_documents, False)
         inputs |= {"datastore": store.fingerprint, "model": made_of["model"]}
     else:
         assert config.model is not None  # TargetsConfig.check
@@ -194,6 +197,8 @@ def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
     params = {name: values[name] for name in used}
     if not config.drop_same_context:  # the manifest says so where they are dropped
         params.pop("drop_same_context", None)
+    if config.isolate_documents:
+        params["isolate_documents"] = True
     params["shard_rows"] = SHARD_ROWS
     if config.source != "knn":
         params |= {"source": config.source, "block_size": block_size}
@@ -332,7 +337,7 @@ def _source(
     dtype = config.dtype if store is None else store.artefact.manifest["params"]["dtype"]
     teacher = TeacherSource(
         load_model(config.model, device=pick_device(config.device), dtype=dtype),
-        corpus.split("train"),
+        corpus.split("train", isolate_documents=config.isolate_documents),
         corpus.vocab_size,
         config.top_m,
         block_size,
