@@ -95,7 +95,8 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     """The stages with their configurations, all of them checked before any of them runs.
 
     Raises:
-        MemdecError: an option that its stage does not have or that is out of range.
+        MemdecError: an option that its stage does not have or that is out of range, or that another
+            stage has otherwise and must not.
     """
     from memdec.data.corpus import PrepareConfig, prepare
     from memdec.data.datastore import DatastoreConfig, datastore
@@ -148,7 +149,19 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     if source not in SEARCHED:  # no kNN-LM to compare with
         del models["targets"]
     add("eval", evaluate, EvalConfig, **models)
+    _check_isolation(steps)
     return steps
+
+
+def _check_isolation(steps: Collection[Step]) -> None:
+    """Finds at once what a stage would find hours later, in the results of those before it."""
+    linked = ["datastore", "targets", "train", "eval"]
+    if "datastore" not in {step.name for step in steps}:
+        linked = ["targets", "train"]  # eval reads neither
+    said = {s.name: vars(s.config)["isolate_documents"] for s in steps if s.name in linked}
+    if len(set(said.values())) > 1:
+        found = ", ".join(f"{name} has {value}" for name, value in said.items())
+        raise MemdecError(f"isolate_documents must be the same for {', '.join(said)}; {found}")
 
 
 def run_steps(steps: Collection[Step], recipe: Recipe, out: Path) -> None:
