@@ -9,7 +9,6 @@ from tiny_models import tiny_model
 from memdec.errors import MemdecError
 from memdec.modeling.isolation import check_isolation
 
-
 MASKED = ["GPT2", "GPTJ", "Llama", "Qwen2", "Mistral", "Gemma", "Gemma2", "Phi", "GPTNeoX"]
 
 
