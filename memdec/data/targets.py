@@ -16,7 +16,7 @@ import numpy as np
 
 from memdec.config import Config, option, require
 from memdec.console import say
-from memdec.data.artefact import Artefact, StageWriter, check_option, file_sha256
+from memdec.data.artefact import Artefact, StageWriter, check_option
 from memdec.data.calibration import calibrate
 from memdec.data.contexts import contexts_of
 from memdec.data.corpus import ISOLATE_HELP, TokenCorpus
@@ -76,7 +76,9 @@ class TargetsConfig(Config):
         help="the teacher; needed unless the source is knn, the keys kept and the temperature given",
     )
     file: Path | None = option(
-        None, help="for the source file: .safetensors of indptr, token_ids, probs and label"
+        None,
+        help="for the source file: .safetensors of indptr, token_ids, probs and label, or .arrow "
+        "(or a saved data set) of id_cnt, token_id, prob and label, as the authors' code writes",
     )
     keep: Literal["targets", "neighbours"] = option(
         "targets",
@@ -152,6 +154,7 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
         MemdecError: a datastore of other tokens, of another teacher, of other blocks or with documents
             isolated otherwise, k above its size, a file of other tokens.
     """
+    from memdec.data.file_sources import content_fingerprint
     from memdec.modeling.loading import model_fingerprint
     from memdec.processes import join_processes, own_device, shared_stage
 
@@ -180,7 +183,7 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
         assert config.model is not None  # TargetsConfig.check
         inputs["model"] = model_fingerprint(config.model)
     if config.file is not None:
-        inputs["file"] = _file_fingerprint(config.file)
+        inputs["file"] = content_fingerprint(config.file)
     # The model is the teacher, for the stage train to compare with its own.
     with shared_stage(processes, out, KIND, _params(config, block_size), inputs) as writer:
         if writer.finished:
@@ -205,13 +208,6 @@ def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
     if "batch_blocks" in params:  # no forward pass is cut by a shard
         params["shard_rows"] = max(SHARD_ROWS // block_size, 1) * block_size
     return params
-
-
-def _file_fingerprint(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise MemdecError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _refuse_other(what: str, name: Path | str, expected: str, found: str) -> None:
@@ -311,8 +307,8 @@ def _source(
     block_size: int,
     chosen: dict[str, Any],
 ) -> Source:
+    from memdec.data.file_sources import open_file
     from memdec.data.sources import (
-        FileSource,
         KnnSource,
         MixtureSource,
         NeighbourSource,
@@ -322,7 +318,7 @@ def _source(
 
     if config.source == "file":
         assert config.file is not None  # TargetsConfig.check
-        return FileSource(config.file, corpus)
+        return open_file(config.file, corpus)
     knn = None
     if store is not None:
         store = store.with_keys_of(config.model, corpus)
