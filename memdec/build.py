@@ -14,6 +14,7 @@ import yaml
 from memdec.config import Config, option
 from memdec.console import say
 from memdec.data.artefact import Artefact
+from memdec.data.corpus import ISOLATE_HELP
 from memdec.errors import MemdecError
 from memdec.recipe import SHARED, STAGES, Recipe, parse_setting, read_recipe, set_option
 
@@ -37,6 +38,9 @@ class BuildConfig(Config):
         None, help="also fine-tune the base for as many epochs, to compare with (default: no)"
     )
     block_size: int | None = option(None, help="tokens of context in a block, for every stage")
+    isolate_documents: bool | None = option(
+        None, help=f"for every stage: {ISOLATE_HELP} (default: no)"
+    )
     seed: int | None = option(None, help="seed of everything random, for every stage")
     device: str | None = option(None, help="auto, cpu, cuda or cuda:N, for every stage")
     set: tuple[str, ...] = option((), help="any other option, as STAGE.OPTION=VALUE; repeatable")
@@ -91,7 +95,8 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     """The stages with their configurations, all of them checked before any of them runs.
 
     Raises:
-        MemdecError: an option that its stage does not have or that is out of range.
+        MemdecError: an option that its stage does not have or that is out of range, or that another
+            stage has otherwise and must not.
     """
     from memdec.data.corpus import PrepareConfig, prepare
     from memdec.data.datastore import DatastoreConfig, datastore
@@ -144,7 +149,19 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     if source not in SEARCHED:  # no kNN-LM to compare with
         del models["targets"]
     add("eval", evaluate, EvalConfig, **models)
+    _check_isolation(steps)
     return steps
+
+
+def _check_isolation(steps: Collection[Step]) -> None:
+    """Finds at once what a stage would find hours later, in the results of those before it."""
+    linked = ["datastore", "targets", "train", "eval"]
+    if "datastore" not in {step.name for step in steps}:
+        linked = ["targets", "train"]  # eval reads neither
+    said = {s.name: vars(s.config)["isolate_documents"] for s in steps if s.name in linked}
+    if len(set(said.values())) > 1:
+        found = ", ".join(f"{name} has {value}" for name, value in said.items())
+        raise MemdecError(f"isolate_documents must be the same for {', '.join(said)}; {found}")
 
 
 def run_steps(steps: Collection[Step], recipe: Recipe, out: Path) -> None:

@@ -9,10 +9,10 @@ For example::
     targets: {k: 512}
     train: {memory_layers: 8}
 
-A stage's options are the fields of its configuration. ``block_size``, ``seed`` and ``device`` hold
-for every stage that has them and does not say otherwise. ``adapt: false`` leaves the teacher as it
-is; ``control: {}`` also fine-tunes the base with plain cross-entropy, for as many epochs as adapt
-and train together, to compare with. Paths are relative to where the command runs.
+A stage's options are the fields of its configuration. ``block_size``, ``isolate_documents``, ``seed``
+and ``device`` hold for every stage that has them and does not say otherwise. ``adapt: false`` leaves
+the teacher as it is; ``control: {}`` also fine-tunes the base with plain cross-entropy, for as many
+epochs as adapt and train together, to compare with. Paths are relative to where the command runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from memdec.errors import MemdecError
 
 STAGES = ("prepare", "adapt", "datastore", "targets", "train", "control", "eval")
 OPTIONAL_STAGES = {"adapt": True, "control": False}  # and whether they are on by default
-SHARED = ("block_size", "seed", "device")
+SHARED = ("block_size", "isolate_documents", "seed", "device")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,23 @@ def check_input(artefact: Artefact, name: str, found: str) -> None:
         )
 
 
+def check_option(artefact: Artefact, name: str, found: Any, default: Any) -> None:
+    """Checks that `artefact` was made with the option that goes with it now.
+
+    Args:
+        default: the option's, where the manifest does not name it.
+
+    Raises:
+        MemdecError: it was made with another value than `found`.
+    """
+    expected = artefact.manifest["params"].get(name, default)
+    if expected != found:
+        raise MemdecError(
+            f"{artefact.path} was made with option {name} = {expected}, this run has {found}; "
+            "stages that read one another's results need the same"
+        )
+
+
 class StageWriter:
     """Writes one artefact; made by :func:`stage` or :func:`joined_stage`.
 

@@ -103,7 +103,7 @@ def teacher_forced(
     from memdec.modeling.key_layer import KeyRecorder
     from memdec.modeling.loading import load_model
 
-    stream = corpus.split(split)
+    stream = corpus.split(split, isolate_documents=datastore.isolate_documents)
     positions = min(positions, stream.positions)
     dtype = datastore.artefact.manifest["params"]["dtype"]
     model = load_model(model_name, device=datastore.device, dtype=dtype)

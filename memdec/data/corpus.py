@@ -3,7 +3,7 @@
 A split's stream is ``sep d1 sep d2 sep ... dn sep``, where sep is the document separator. Position
 p, from 0 to length - 2, is the place that predicts ``stream[p + 1]``, its label. Every later stage
 cuts the positions of a split into blocks with fixed boundaries, and a model sees no further back
-than its block's start.
+than its block's start; with isolated documents, neither than the separator before its document.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from memdec.errors import MemdecError
 KIND = "tokens"
 SPLITS = ("train", "validation", "test")
 SHARD_TOKENS = 1 << 24
+ISOLATE_HELP = "a token attends to its own document only, where several share a block"
 
 Split = Literal["train", "validation", "test"]
 
@@ -261,6 +262,7 @@ class TokenStream:
 
     shards: tuple[np.ndarray, ...]
     documents: np.ndarray  # int64, where each document's first token lies in the stream
+    isolate_documents: bool = False  # whether a model sees a position's own document only
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -273,6 +275,29 @@ class TokenStream:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens from `start` to before `stop`, int32, as a new array."""
         return rows_between(self.shards, start, stop)
+
+    def inputs(self, start: int, stop: int, rows: int = 1) -> dict[str, np.ndarray]:
+        """What a model is fed at positions [start, stop), cut into `rows` blocks of equal length.
+
+        ``input_ids``, and ``position_ids`` of isolated documents; int64 [rows, length].
+        """
+        inputs = {"input_ids": self.read(start, stop).astype(np.int64).reshape(rows, -1)}
+        if self.isolate_documents:
+            inputs["position_ids"] = self.position_ids(start, stop, rows)
+        return inputs
+
+    def position_ids(self, start: int, stop: int, rows: int = 1) -> np.ndarray:
+        """Distances from a position's separator, or its block's start if that is nearer.
+
+        Where they do not rise by one, transformers' attention masks begin another document.
+
+        Args:
+            start, stop, rows: as in :meth:`inputs`; int64 [rows, length] comes back.
+        """
+        positions = np.arange(start, stop).reshape(rows, -1)
+        separators = self.documents - 1
+        own = separators[np.searchsorted(separators, positions, side="right") - 1]
+        return positions - np.maximum(own, positions[:, :1])
 
     def blocks(self, block_size: int) -> int:
         """Number of blocks of `block_size` positions; the last may be shorter."""
@@ -316,7 +341,7 @@ class TokenCorpus:
 
         return load_tokenizer(str(self.artefact.file("tokenizer")))
 
-    def split(self, name: str) -> TokenStream:
+    def split(self, name: str, *, isolate_documents: bool = False) -> TokenStream:
         if name not in SPLITS:
             raise MemdecError(f"expected a split of {', '.join(SPLITS)}, got {name!r}")
         shards = range(self.artefact.manifest["splits"][name]["shards"])
@@ -325,4 +350,5 @@ class TokenCorpus:
         return TokenStream(
             tuple(np.load(path, mmap_mode="r") for path in files),
             np.concatenate([np.load(path) for path in starts]),
+            isolate_documents,
         )

@@ -19,7 +19,7 @@ import numpy as np
 from memdec.config import Config, option, require
 from memdec.console import say
 from memdec.data.artefact import Artefact, StageWriter, check_input
-from memdec.data.corpus import TokenCorpus, TokenStream
+from memdec.data.corpus import ISOLATE_HELP, TokenCorpus, TokenStream
 from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
 
@@ -44,6 +44,7 @@ class DatastoreConfig(Config):
     model: str = option(help="the teacher: model directory, hub name or .gguf file")
     tokens: Path = option(help="directory that prepare wrote")
     block_size: int = option(1024, help="tokens a model sees at once")
+    isolate_documents: bool = option(False, help=ISOLATE_HELP)
     key_layer: str | None = option(
         None, help="module whose input is the key; by default the last block's feed-forward"
     )
@@ -93,6 +94,8 @@ def datastore(config: DatastoreConfig, out: Path) -> Artefact:
         del params[name]
     if config.keep_keys:  # the manifest says so where they are not
         del params["keep_keys"]
+    if not config.isolate_documents:  # the manifest says so where they are
+        del params["isolate_documents"]
     params["shard_positions"] = SHARD_POSITIONS
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
     with shared_stage(processes, out, KIND, params, inputs) as writer:
@@ -162,9 +165,10 @@ def _computed_keys(
     from memdec.modeling.loading import load_model, pick_device
 
     model = load_model(config.model, device=pick_device(config.device), dtype=config.dtype)
-    check_model(model, config.block_size, corpus.vocab_size)
+    isolated = config.isolate_documents
+    check_model(model, config.block_size, corpus.vocab_size, isolate_documents=isolated)
     recorder = KeyRecorder(model, config.key_layer)
-    stream = corpus.split("train")
+    stream = corpus.split("train", isolate_documents=isolated)
     return ComputedKeys(recorder, stream, shards, config.block_size, config.batch_blocks)
 
 
@@ -246,6 +250,11 @@ class Datastore:
     @property
     def block_size(self) -> int:
         return int(self.artefact.manifest["params"]["block_size"])
+
+    @property
+    def isolate_documents(self) -> bool:
+        """Whether a key knows its own document only."""
+        return bool(self.artefact.manifest["params"].get("isolate_documents", False))
 
     @property
     def key_layer(self) -> str:

@@ -123,10 +123,12 @@ class ComputedKeys:
 
     def _forward(self, first: int, last: int, rows: int) -> InFlight[np.ndarray]:
         """Keys of a pass over positions [first, last), float16 [last - first, width]."""
-        tokens = self._stream.read(first, last).reshape(rows, -1).astype(np.int64)
-        input_ids = to_device(tokens, self._recorder.model.device)
+        inputs = {
+            name: to_device(array, self._recorder.model.device)
+            for name, array in self._stream.inputs(first, last, rows).items()
+        }
         with self._recorder, torch.inference_mode():
-            self._recorder.model(input_ids=input_ids, use_cache=False, **self._options)
+            self._recorder.model(**inputs, use_cache=False, **self._options)
         keys = self._recorder.keys.flatten(0, 1).half()
         too_large = (
             f"the input of {self.layer} does not fit float16; name another layer with key_layer"

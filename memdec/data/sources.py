@@ -1,7 +1,7 @@
-"""Where target rows come from: neighbours, the teacher's own distribution, both, or a file.
+"""Where target rows come from: neighbours, the teacher's own distribution, or both.
 
 A source gives the rows of consecutive train positions. What is written, and who reads it, does not
-depend on which source it was.
+depend on which source it was. Rows of a file have a module of their own (:mod:`memdec.data.file_sources`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,22 +17,14 @@ from transformers import PreTrainedModel
 
 from memdec.config import require
 from memdec.data.contexts import Contexts
-from memdec.data.corpus import TokenCorpus, TokenStream, block_batches
+from memdec.data.corpus import TokenStream, block_batches
 from memdec.data.datastore import Datastore
 from memdec.data.exact import WRONG_QUERY, Found
 from memdec.data.in_flight import InFlight, in_order, to_device
 from memdec.data.neighbours import Neighbours
-from memdec.errors import MemdecError
 from memdec.ops import SparseTargets, knn_scatter
 
 _ROWS_A_SEARCH = 1024
-_SUM_TOLERANCE = 1e-3
-_FILE_DTYPES = {
-    "indptr": torch.int64,
-    "token_ids": torch.int32,
-    "probs": torch.float32,
-    "label": torch.int32,
-}
 
 
 class Source(Protocol):
@@ -128,7 +119,8 @@ class TeacherSource:
     def __post_init__(self) -> None:
         from memdec.evaluation.forward import check_model
 
-        check_model(self.model, self.block_size, self.vocab_size)
+        isolated = self.stream.isolate_documents
+        check_model(self.model, self.block_size, self.vocab_size, isolate_documents=isolated)
         expected = f"at most {self.vocab_size}, the tokens there are"
         require(self.top_m <= self.vocab_size, "top_m", expected, self.top_m)
 
@@ -140,10 +132,12 @@ class TeacherSource:
 
     def top(self, start: int, stop: int) -> Iterator[Top]:
         for first, last, blocks in block_batches(start, stop, self.block_size, self.batch_blocks):
-            tokens = self.stream.read(first, last).reshape(blocks, -1).astype(np.int64)
-            input_ids = to_device(tokens, self.model.device)
+            inputs = {
+                name: to_device(array, self.model.device)
+                for name, array in self.stream.inputs(first, last, blocks).items()
+            }
             with torch.inference_mode():
-                logits = self.model(input_ids=input_ids, use_cache=False).logits
+                logits = self.model(**inputs, use_cache=False).logits
                 parts = [self._top_of_block(block) for block in logits]
                 log_probs = torch.cat([values for values, _ in parts])
                 no_numbers = ~torch.isfinite(log_probs).all()
@@ -211,72 +205,3 @@ def _to_host(rows: SparseTargets, errors: dict[str, torch.Tensor]) -> InFlight[S
     if rows.dropped_mass is not None:
         parts.append(rows.dropped_mass)
     return InFlight(parts, lambda *parts: SparseTargets(*parts).compact(), errors)
-
-
-class FileSource:
-    """Rows of the user's own, from a safetensors file.
-
-    ``indptr`` int64 [positions + 1], ``token_ids`` int32 and ``probs`` float32 as in
-    :class:`memdec.ops.SparseTargets`, a row for each train position, and ``label`` int32
-    [positions], the token that follows each, by which rows and tokens are known to match.
-
-    Raises:
-        MemdecError: no such file, an array that is missing, of another dtype or length, a label
-            that is not the corpus's.
-    """
-
-    def __init__(self, path: Path, corpus: TokenCorpus) -> None:
-        self._path = path
-        self._vocab_size = corpus.vocab_size
-        arrays = _read_arrays(path)
-        stream = corpus.split("train")
-        lengths = {"indptr": stream.positions + 1, "label": stream.positions}
-        for name, expected in lengths.items():
-            if arrays[name].shape != (expected,):
-                raise MemdecError(
-                    f"{path}: {name} must have shape [{expected}], the train split's, "
-                    f"got {list(arrays[name].shape)}"
-                )
-        labels = torch.from_numpy(stream.read(1, len(stream)))
-        wrong = torch.nonzero(arrays["label"] != labels)
-        if len(wrong):
-            first = int(wrong[0])
-            raise MemdecError(
-                f"{path}: {len(wrong)} labels are not the train tokens; at position {first} "
-                f"expected {labels[first]}, got {arrays['label'][first]}"
-            )
-        self._targets = SparseTargets(arrays["indptr"], arrays["token_ids"], arrays["probs"])
-
-    def rows(self, start: int, stop: int) -> Iterator[SparseTargets]:
-        rows = self._targets[start:stop]
-        try:
-            rows = rows.compact().validate(self._vocab_size)
-        except (ValueError, RuntimeError) as error:
-            raise MemdecError(f"{self._path}: rows {start} to {stop}: {error}") from error
-        lengths = rows.indptr.diff()
-        owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-        sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, rows.probs.double())
-        wrong = torch.nonzero(((sums - 1).abs() > _SUM_TOLERANCE) & (lengths > 0))
-        if len(wrong):
-            first = int(wrong[0])
-            raise MemdecError(
-                f"{self._path}: a row must sum to 1 or be empty, row {start + first} sums to "
-                f"{sums[first]:.4f}"
-            )
-        yield rows
-
-
-def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
-    """The arrays of a user's file, memory-mapped, names and dtypes checked."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise MemdecError(f"{path} cannot be read as safetensors: {error}") from error
-    for name, dtype in _FILE_DTYPES.items():
-        found = arrays[name].dtype if name in arrays else "no such array"
-        if found != dtype:
-            raise MemdecError(f"{path}: {name} must be {dtype}, got {found}")
-    return arrays

@@ -16,10 +16,10 @@ import numpy as np
 
 from memdec.config import Config, option, require
 from memdec.console import say
-from memdec.data.artefact import Artefact, StageWriter, file_sha256
+from memdec.data.artefact import Artefact, StageWriter, check_option
 from memdec.data.calibration import calibrate
 from memdec.data.contexts import contexts_of
-from memdec.data.corpus import TokenCorpus
+from memdec.data.corpus import ISOLATE_HELP, TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
@@ -38,7 +38,8 @@ KIND = "targets"
 SHARD_ROWS = 1 << 14
 
 
-# The options that each source uses beside tokens, block_size and device.
+_USED_BY_ALL = ("tokens", "source", "block_size", "isolate_documents", "device")
+# The options that each source uses beside those.
 _USED = {
     "knn": (
         *("datastore", "model", "k", "temperature", "max_entries", "calibration_positions"),
@@ -75,7 +76,9 @@ class TargetsConfig(Config):
         help="the teacher; needed unless the source is knn, the keys kept and the temperature given",
     )
     file: Path | None = option(
-        None, help="for the source file: .safetensors of indptr, token_ids, probs and label"
+        None,
+        help="for the source file: .safetensors of indptr, token_ids, probs and label, or .arrow "
+        "(or a saved data set) of id_cnt, token_id, prob and label, as the authors' code writes",
     )
     keep: Literal["targets", "neighbours"] = option(
         "targets",
@@ -106,6 +109,7 @@ class TargetsConfig(Config):
     block_size: int | None = option(
         None, help="tokens the teacher sees at once; by default the datastore's, else 1024"
     )
+    isolate_documents: bool = option(False, help=ISOLATE_HELP + "; as in the datastore")
     batch_blocks: int = option(8, help="blocks in one forward pass of the teacher")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "float32", help="of the teacher; for the source mixture the datastore's"
@@ -122,7 +126,7 @@ class TargetsConfig(Config):
             value = getattr(self, name)
             require(value is None or value > 0, name, "above 0", value)
         require(self.lmbda is None or 0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
-        used = ("tokens", "source", "block_size", "device", *_USED[self.source])
+        used = (*_USED_BY_ALL, *_USED[self.source])
         for field in fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:
                 raise MemdecError(f"{field.name} does not go with source {self.source}")
@@ -147,9 +151,10 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
     bytes that one would write.
 
     Raises:
-        MemdecError: a datastore of other tokens, of another teacher or of other blocks, k above its
-            size, a file of other tokens.
+        MemdecError: a datastore of other tokens, of another teacher, of other blocks or with documents
+            isolated otherwise, k above its size, a file of other tokens.
     """
+    from memdec.data.file_sources import content_fingerprint
     from memdec.modeling.loading import model_fingerprint
     from memdec.processes import join_processes, own_device, shared_stage
 
@@ -172,12 +177,13 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
         expected = f"{store.block_size}, the datastore's"
         require(config.block_size in (None, store.block_size), "block_size", expected, block_size)
         block_size = store.block_size
+        check_option(store.artefact, "isolate_documents", config.isolate_documents, False)
         inputs |= {"datastore": store.fingerprint, "model": made_of["model"]}
     else:
         assert config.model is not None  # TargetsConfig.check
         inputs["model"] = model_fingerprint(config.model)
     if config.file is not None:
-        inputs["file"] = _file_fingerprint(config.file)
+        inputs["file"] = content_fingerprint(config.file)
     # The model is the teacher, for the stage train to compare with its own.
     with shared_stage(processes, out, KIND, _params(config, block_size), inputs) as writer:
         if writer.finished:
@@ -194,19 +200,14 @@ def _params(config: TargetsConfig, block_size: int) -> dict[str, Any]:
     params = {name: values[name] for name in used}
     if not config.drop_same_context:  # the manifest says so where they are dropped
         params.pop("drop_same_context", None)
+    if config.isolate_documents:
+        params["isolate_documents"] = True
     params["shard_rows"] = SHARD_ROWS
     if config.source != "knn":
         params |= {"source": config.source, "block_size": block_size}
     if "batch_blocks" in params:  # no forward pass is cut by a shard
         params["shard_rows"] = max(SHARD_ROWS // block_size, 1) * block_size
     return params
-
-
-def _file_fingerprint(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        raise MemdecError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _refuse_other(what: str, name: Path | str, expected: str, found: str) -> None:
@@ -306,8 +307,8 @@ def _source(
     block_size: int,
     chosen: dict[str, Any],
 ) -> Source:
+    from memdec.data.file_sources import open_file
     from memdec.data.sources import (
-        FileSource,
         KnnSource,
         MixtureSource,
         NeighbourSource,
@@ -317,7 +318,7 @@ def _source(
 
     if config.source == "file":
         assert config.file is not None  # TargetsConfig.check
-        return FileSource(config.file, corpus)
+        return open_file(config.file, corpus)
     knn = None
     if store is not None:
         store = store.with_keys_of(config.model, corpus)
@@ -332,7 +333,7 @@ def _source(
     dtype = config.dtype if store is None else store.artefact.manifest["params"]["dtype"]
     teacher = TeacherSource(
         load_model(config.model, device=pick_device(config.device), dtype=dtype),
-        corpus.split("train"),
+        corpus.split("train", isolate_documents=config.isolate_documents),
         corpus.vocab_size,
         config.top_m,
         block_size,

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from memdec.console import Progress
-from memdec.data.artefact import StageWriter, check_input
+from memdec.data.artefact import StageWriter, check_input, check_option
 from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
@@ -55,7 +55,8 @@ class Contenders:
     """The models and the datastore of an evaluation, checked to belong together.
 
     Raises:
-        MemdecError: another tokenizer, or a datastore of another teacher or other tokens.
+        MemdecError: another tokenizer, or a datastore of another teacher, of other tokens or with
+            documents isolated otherwise.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -76,6 +77,8 @@ class Contenders:
             check_input(self.datastore.artefact, "tokens", self.corpus.fingerprint)
             check_input(self.datastore.artefact, "model", model_fingerprint(self.teacher))
             check_input(self.targets.artefact, "datastore", self.datastore.fingerprint)
+            isolated = config.isolate_documents
+            check_option(self.datastore.artefact, "isolate_documents", isolated, False)
 
     def fingerprints(self) -> dict[str, str]:
         """Of everything that is read, by name."""
@@ -85,6 +88,9 @@ class Contenders:
             found["datastore"] = self.datastore.fingerprint
             found["targets"] = self.targets.artefact.fingerprint
         return found
+
+    def _stream(self, split: str) -> TokenStream:
+        return self.corpus.split(split, isolate_documents=self.config.isolate_documents)
 
     def positions(self, stream: TokenStream) -> int:
         """How many positions of a split are evaluated: whole blocks, or all."""
@@ -114,7 +120,12 @@ class Contenders:
         files = {split: f"scores/{split}-{name}.npy" for split in self.splits}
         if writer.note(name) is None:
             model = load_model(model_name, device=self.device, dtype=self.config.dtype)
-            check_model(model, self.config.block_size, self.corpus.vocab_size)
+            check_model(
+                model,
+                self.config.block_size,
+                self.corpus.vocab_size,
+                isolate_documents=self.config.isolate_documents,
+            )
             weights = list(model.parameters())
             facts: dict[str, float] = {
                 "parameters": sum(weight.numel() for weight in weights),
@@ -141,7 +152,7 @@ class Contenders:
         return {"parameters": teacher["parameters"], "bytes": teacher["bytes"] + stored}
 
     def _score_model(self, name: str, model: PreTrainedModel, split: str) -> np.ndarray:
-        stream = self.corpus.split(split)
+        stream = self._stream(split)
         return label_log_probs(
             model,
             stream,
@@ -154,7 +165,7 @@ class Contenders:
 
     def _score_knn(self, name: str, model: PreTrainedModel, split: str) -> np.ndarray:
         assert self.datastore is not None
-        stream = self.corpus.split(split)
+        stream = self._stream(split)
         positions = self.positions(stream)
         result = np.empty(positions, np.float32)
         batches = forward_blocks(

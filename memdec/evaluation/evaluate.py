@@ -11,6 +11,7 @@ from typing import Any, Literal
 from memdec.config import Config, option, require
 from memdec.console import say
 from memdec.data.artefact import Artefact, StageWriter, stage
+from memdec.data.corpus import ISOLATE_HELP
 from memdec.errors import MemdecError
 
 KIND = "eval"
@@ -40,6 +41,7 @@ class EvalConfig(Config):
     )
     bootstrap: int = option(1000, help="bootstrap samples of the confidence intervals")
     block_size: int = option(1024, help="tokens of context in a block")
+    isolate_documents: bool = option(False, help=ISOLATE_HELP)
     batch_blocks: int = option(4, help="blocks in one forward pass")
     device: str = option("auto", help="where to run: auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16"] = option("float32", help="the weights' data type")
@@ -98,6 +100,8 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
     params = config.to_mapping()
     for name in ("tokens", "base", "memory", "datastore", "targets", "teacher", "others", "device"):
         del params[name]  # their content counts, by fingerprint, not where they lie
+    if not config.isolate_documents:  # the manifest says so where they are
+        del params["isolate_documents"]
     with stage(out, KIND, params, contenders.fingerprints()) as writer:
         if writer.finished:
             say(f"eval: already done in {out}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from memdec.console import Progress
 from memdec.data.corpus import TokenStream, block_batches
 from memdec.errors import MemdecError
+from memdec.modeling.isolation import check_isolation
 from memdec.ops import token_log_probs
 
 
@@ -54,11 +55,17 @@ def forward_blocks(
     model.eval()
     try:
         for start, stop, rows in block_batches(0, positions, block_size, batch_blocks):
-            tokens = torch.from_numpy(stream.read(start, stop + 1).astype(np.int64)).to(device)
+            inputs = {
+                name: torch.from_numpy(array).to(device)
+                for name, array in stream.inputs(start, stop, rows).items()
+            }
+            labels = stream.read(start + 1, stop + 1).astype(np.int64).reshape(rows, -1)
             with torch.inference_mode():
-                logits = model(input_ids=tokens[:-1].view(rows, -1), use_cache=False).logits
+                logits = model(**inputs, use_cache=False).logits
                 scores = token_log_probs(
-                    logits, tokens[1:].view(rows, -1), vocab_size=min(vocab_size, logits.shape[-1])
+                    logits,
+                    torch.from_numpy(labels).to(device),
+                    vocab_size=min(vocab_size, logits.shape[-1]),
                 )
             yield ForwardBatch(start, stop, scores.flatten().cpu().numpy())
     finally:
@@ -100,8 +107,13 @@ def label_log_probs(
     return result
 
 
-def check_model(model: PreTrainedModel, block_size: int, vocab_size: int) -> None:
-    """Raises :class:`MemdecError` when the model cannot take the blocks or lacks tokens."""
+def check_model(
+    model: PreTrainedModel, block_size: int, vocab_size: int, *, isolate_documents: bool = False
+) -> None:
+    """Raises :class:`MemdecError` when the model cannot take the blocks or lacks tokens.
+
+    Or, where that is asked for, cannot keep the documents in a block apart.
+    """
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and block_size > context:
@@ -114,6 +126,8 @@ def check_model(model: PreTrainedModel, block_size: int, vocab_size: int) -> Non
             f"expected a model with at least the tokenizer's {vocab_size} tokens, "
             f"this {config.model_type} has {config.vocab_size}"
         )
+    if isolate_documents:
+        check_isolation(model)
 
 
 def check_blocks(stream: TokenStream, block_size: int) -> None:

@@ -34,7 +34,8 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
 
     Raises:
         MemdecError: a tokenizer other than the tokens', a corpus shorter than a block, a block
-            longer than the model's context, a loss that is no longer finite.
+            longer than the model's context, a model that cannot isolate documents, a loss that is no
+            longer finite.
     """
     from transformers import PreTrainedModel
 
@@ -54,7 +55,9 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
     corpus = TokenCorpus.open(config.tokens)
     tokenizer = corpus.tokenizer()
     compare_tokenizers(load_tokenizer(config.model), tokenizer, (config.model, str(config.tokens)))
-    train, validation = corpus.split("train"), corpus.split("validation")
+    isolated = config.isolate_documents
+    train = corpus.split("train", isolate_documents=isolated)
+    validation = corpus.split("validation", isolate_documents=isolated)
     check_blocks(train, config.block_size)
     params = {**config.training_params(), "block_size": config.block_size}
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
@@ -75,7 +78,7 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
             say(f"adapt: already done in {out}")
             return Artefact.open(out, KIND)
         model = load_model(config.model)
-        check_model(model, config.block_size, corpus.vocab_size)
+        check_model(model, config.block_size, corpus.vocab_size, isolate_documents=isolated)
         curve = fit(
             processes,
             writer,

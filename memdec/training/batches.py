@@ -9,14 +9,16 @@ from memdec.data.corpus import TokenStream
 from memdec.training.batch_targets import BatchTargets
 
 IGNORE_INDEX = -100
+MODEL_INPUTS = ("input_ids", "position_ids")  # what of a batch a model is fed
 
 
 class BlockCollator:
     """Block numbers in, one batch out.
 
-    ``input_ids`` and ``labels`` are int64 [batch, length]; a short last block is padded at its end
-    with ignored labels, which no earlier position sees. The number after the last block's stands for
-    an empty block. `targets` has a row for every label, empty where it is ignored.
+    ``input_ids`` and ``labels`` are int64 [batch, length], and so are the ``position_ids`` of isolated
+    documents; a short last block is padded at its end with ignored labels, which no earlier position
+    sees. The number after the last block's stands for an empty block. `targets` has a row for every
+    label, empty where it is ignored.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, targets: BatchTargets) -> None:
@@ -30,12 +32,18 @@ class BlockCollator:
         input_ids = np.zeros((len(blocks), length), np.int64)
         labels = np.full((len(blocks), length), IGNORE_INDEX, np.int64)
         positions = np.full((len(blocks), length), -1, np.int64)
+        position_ids = np.tile(np.arange(length), (len(blocks), 1))
         for row, (number, (inputs, expected)) in enumerate(zip(numbers, blocks, strict=True)):
             start = number * self.block_size
             input_ids[row, : len(inputs)] = inputs
             labels[row, : len(inputs)] = expected
-            positions[row, : len(inputs)] = np.arange(start, start + len(inputs))
+            stop = start + len(inputs)
+            positions[row, : len(inputs)] = np.arange(start, stop)
+            if self.stream.isolate_documents:
+                position_ids[row, : len(inputs)] = self.stream.position_ids(start, stop)
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        if self.stream.isolate_documents:
+            batch["position_ids"] = torch.from_numpy(position_ids)
         return batch | self.targets.read(positions.ravel(), labels.ravel())
 
     def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from memdec.ops import SparseKLOutput, linear_sparse_kl_loss, sparse_kl_loss
-from memdec.training.batches import IGNORE_INDEX, BlockCollator
+from memdec.training.batches import IGNORE_INDEX, MODEL_INPUTS, BlockCollator
 
 
 class BlockTrainer(Trainer):
@@ -91,13 +91,14 @@ class BlockTrainer(Trainer):
             "ignore_index": IGNORE_INDEX,
             "normalizer": num_items_in_batch,
         }
+        fed = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         with self.arithmetic():
             if self.output_layer is None:
-                logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+                logits = model(**fed, use_cache=False).logits
                 parts = sparse_kl_loss(logits, **arguments)
             else:
                 with loss_for_logits(self.output_layer, arguments):
-                    parts = model(input_ids=inputs["input_ids"], use_cache=False).logits
+                    parts = model(**fed, use_cache=False).logits
         self.loss_sums += torch.stack([parts.loss.detach(), parts.kl, parts.ce])
         # The divisor is that of all processes, over which data-parallel wrappers average gradients.
         return parts.loss * (1 if num_items_in_batch is None else self.accelerator.num_processes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from memdec.config import option, require
 from memdec.console import say
-from memdec.data.artefact import Artefact, StageWriter, check_input
+from memdec.data.artefact import Artefact, StageWriter, check_input, check_option
 from memdec.data.corpus import TokenCorpus
 from memdec.data.targets import TargetStore
 from memdec.errors import MemdecError
@@ -109,6 +109,8 @@ def train(config: TrainConfig, out: Path) -> Artefact:
     store = TargetStore.open(config.targets)
     check_input(store.artefact, "tokens", corpus.fingerprint)
     check_input(store.artefact, "model", model_fingerprint(config.teacher))
+    isolated = config.isolate_documents
+    check_option(store.artefact, "isolate_documents", isolated, False)
     tokenizer = corpus.tokenizer()
     models = {"base": config.base, "teacher": config.teacher}
     if config.memory_init not in _NOT_A_MODEL:
@@ -136,14 +138,14 @@ def train(config: TrainConfig, out: Path) -> Artefact:
             width=config.memory_width,
             seed=config.seed,
         )
-        check_model(memory, store.block_size, corpus.vocab_size)
+        check_model(memory, store.block_size, corpus.vocab_size, isolate_documents=isolated)
         curve = fit(
             processes,
             writer,
             "memory",
             memory,
             tokenizer,
-            corpus.split("train"),
+            corpus.split("train", isolate_documents=isolated),
             config,
             block_size=store.block_size,
             validate=_joint_validation(config, processes, writer, corpus, store.block_size),
@@ -183,14 +185,16 @@ def _joint_validation(
     block_size: int,
 ) -> Validate:
     """Scores a memory by the nll of base and memory at the best lmbda on validation."""
-    from memdec.evaluation.forward import label_log_probs
+    from memdec.evaluation.forward import check_model, label_log_probs
     from memdec.evaluation.mixture import best_lmbda
     from memdec.modeling.loading import load_model
+
+    isolated = config.isolate_documents
 
     def score(model: PreTrainedModel, description: str | None = None) -> np.ndarray:
         return label_log_probs(
             model,
-            corpus.split("validation"),
+            corpus.split("validation", isolate_documents=isolated),
             block_size=block_size,
             batch_blocks=config.batch_blocks,
             vocab_size=corpus.vocab_size,
@@ -199,6 +203,7 @@ def _joint_validation(
 
     if processes.is_main_process and not writer.has("base.npy"):
         base_model = load_model(config.base, device=config.device)
+        check_model(base_model, block_size, corpus.vocab_size, isolate_documents=isolated)
         array = score(base_model, "base on validation")
         writer.write("base.npy", lambda file: np.save(file, array))
     processes.wait_for_everyone()

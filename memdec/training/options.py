@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from memdec.config import Config, option, require
+from memdec.data.corpus import ISOLATE_HELP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class LoopConfig(Config):
     learning_rate: float = option(5e-5, help="peak learning rate of AdamW")
     warmup_fraction: float = option(0.05, help="share of the steps that the warm-up takes")
     weight_decay: float = option(0.01, help="weight decay of AdamW")
+    isolate_documents: bool = option(False, help=ISOLATE_HELP)
     batch_blocks: int = option(4, help="blocks in one forward pass")
     gradient_accumulation: int = option(2, help="forward passes in one optimizer step")
     validations: int = option(1, help="validations, each with a checkpoint, per epoch")
@@ -42,8 +44,11 @@ class LoopConfig(Config):
     def training_params(self) -> dict[str, Any]:
         """The options that shape the weights, for the manifest."""
         placement = ("device", "report_to")
-        return {
+        params = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(LoopConfig)
             if field.name not in placement
         }
+        if not self.isolate_documents:  # the manifest says so where they are
+            del params["isolate_documents"]
+        return params

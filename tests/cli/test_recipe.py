@@ -56,6 +56,19 @@ def test_shared_options_reach_every_stage_that_has_them(tmp_path):
     assert {steps[name].device for name in steps if name != "prepare"} == {"cpu"}
 
 
+def test_documents_are_isolated_in_every_stage_or_in_none(tmp_path):
+    text = "{base: b, isolate_documents: true, prepare: {corpus: c}, control: {}}"
+    steps = configs(recipe(tmp_path, text))
+    isolated = {name for name in steps if getattr(steps[name], "isolate_documents", False)}
+    assert isolated == {"adapt", "datastore", "targets", "train", "control", "eval"}
+    undone = configs(recipe(tmp_path, text, isolate_documents=False))
+    assert not any(getattr(undone[name], "isolate_documents", False) for name in undone)
+    with pytest.raises(MemdecError, match="must be the same for datastore, targets, train, eval"):
+        configs(recipe(tmp_path, text, set=("train.isolate_documents=false",)))
+    teacher = ("targets.source=teacher", "eval.isolate_documents=false", "adapt.epochs=1")
+    assert not configs(recipe(tmp_path, text, set=teacher))["eval"].isolate_documents
+
+
 def test_flags_win_over_the_recipe(tmp_path):
     text = "{base: b, seed: 1, adapt: {epochs: 9}, train: {epochs: 9}, prepare: {corpus: c}}"
     flags = {"base": "other", "seed": 2, "corpus": Path("d"), "memory_layers": 3}

@@ -15,16 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
-from memdec.training.batches import BlockCollator
+from memdec.training.batches import MODEL_INPUTS, BlockCollator
 from memdec.training.block_trainer import loss_for_logits
 
 
 def backward(model: LlamaForCausalLM, blocks: list[int], scale: float) -> None:
-    collator = BlockCollator(Blocks(), BLOCK, rows("neighbours"))
+    collator = BlockCollator(Blocks(isolate_documents=True), BLOCK, rows("neighbours"))
     batch = {name: array.to(model.device) for name, array in collator(blocks).items()}
     arguments = {"targets": collator.targets.of(batch), "labels": batch["labels"], "normalizer": 50}
     with loss_for_logits(model.lm_head, arguments):
-        parts = model(input_ids=batch["input_ids"], use_cache=False).logits
+        fed = {name: batch[name] for name in MODEL_INPUTS}
+        parts = model(**fed, use_cache=False).logits
     (scale * parts.loss).backward()
 
 

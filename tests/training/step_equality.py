@@ -1,14 +1,16 @@
 """Trains a tiny model for a few steps and saves its weights: a script for one process or several.
 
-python step_equality.py OUT BATCH ACCUMULATION TAUGHT_BY DEVICE, on its own or under
+python step_equality.py OUT BATCH ACCUMULATION TAUGHT_BY DEVICE [isolated], on its own or under
 torch.distributed.run. A step takes BATCH * ACCUMULATION * processes blocks; the blocks differ in length,
-so shards are uneven. TAUGHT_BY is "targets" or "neighbours", the same ones.
+so shards are uneven. TAUGHT_BY is "targets" or "neighbours", the same ones; isolated, documents of some
+tokens that share a block do not see each other.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +28,11 @@ from memdec.training.block_trainer import BlockTrainer
 BLOCK, VOCAB, BLOCKS = 16, 61, 19  # 19 blocks: the last step of an epoch is short
 
 
+@dataclass(frozen=True)
 class Blocks:
     """The part of TokenStream that a collator reads; every third block is short."""
 
+    isolate_documents: bool = False
     positions = BLOCKS * BLOCK
 
     def blocks(self, block_size: int) -> int:
@@ -38,6 +42,9 @@ class Blocks:
         length = BLOCK if number % 3 else 5
         tokens = np.random.default_rng(number).integers(0, VOCAB, length + 1, np.int32)
         return tokens[:-1], tokens[1:]
+
+    def position_ids(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(stop - start)[None] % (3 + start // BLOCK % 5)
 
 
 class Store:
@@ -91,6 +98,7 @@ def make_trainer(
     accumulation: int,
     taught_by: str = "targets",
     device: str = "cpu",
+    isolated: bool = False,
     **options: object,
 ) -> BlockTrainer:
     arguments = TrainingArguments(
@@ -108,13 +116,17 @@ def make_trainer(
         use_cpu=device == "cpu",
         **options,
     )
-    collator = BlockCollator(Blocks(), BLOCK, rows(taught_by))
+    collator = BlockCollator(Blocks(isolated), BLOCK, rows(taught_by))
     return BlockTrainer(tiny_model(), arguments, blocks=BLOCKS, collator=collator, alpha=0.4)
 
 
-def main(out: str, batch: str, accumulation: str, taught_by: str, device: str) -> None:
+def main(
+    out: str, batch: str, accumulation: str, taught_by: str, device: str, isolated: str = ""
+) -> None:
     with tempfile.TemporaryDirectory() as work:
-        trainer = make_trainer(Path(work), int(batch), int(accumulation), taught_by, device)
+        trainer = make_trainer(
+            Path(work), int(batch), int(accumulation), taught_by, device, bool(isolated)
+        )
         trainer.train()
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)
