@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from residual import residual_targets
 from scores import ScoreFile, Scores, Settings, Text, score
 
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
-from memdec.data.targets import TargetsConfig, targets
+from memdec.data.targets import TargetsConfig, TargetStore, targets
 from memdec.info import sections
 from memdec.modeling.loading import (
     compare_tokenizers,
@@ -91,13 +92,17 @@ class Experiment:
     def adapted(self) -> str:
         """The adapted teacher, which is also what plain fine-tuning gives."""
 
-        def run() -> str:
-            config = AdaptConfig(
-                model=self.base, tokens=self.tokens, **self._shared(), **self.settings["adapt"]
-            )
-            return str(adapt(config, self.work / "adapt").path / "model")
+        return self._once("adapt", lambda: self._adapt({}, self.work / "adapt"))
 
-        return self._once("adapt", run)
+    def tuned(self, setting: Mapping[str, Any]) -> str:
+        """Plain fine-tuning with a row's own options, for comparison."""
+        return self._adapt(setting["train"], self.folder(setting))
+
+    def _adapt(self, changes: Mapping[str, Any], out: Path) -> str:
+        options = {**self._shared(), **self.settings["adapt"], **changes}
+        adapt(AdaptConfig(model=self.base, tokens=self.tokens, **options), out)
+        self._free()
+        return str(out / "model")
 
     def datastore(self, keys: str) -> Datastore:
         """The keys of the ``adapted`` teacher or of the ``base``."""
@@ -113,6 +118,15 @@ class Experiment:
     def targets(self, name: str) -> Path:
         """Targets of the settings' name."""
         options = dict(self.settings["targets"][name])
+        out = self.work / f"targets-{name}"
+        if "residual_of" in options:
+            taught = TargetStore.open(self.targets(options.pop("residual_of")))
+            return self._once(
+                out.name,
+                lambda: residual_targets(
+                    self.base, taught, self.corpus, out, device=self.device, **options
+                ),
+            )
         if options["source"] != "teacher":
             options["datastore"] = self.datastore("adapted").artefact.path
         else:
@@ -122,13 +136,13 @@ class Experiment:
             config = TargetsConfig(
                 tokens=self.tokens, model=self.adapted(), device=self.device, **options
             )
-            return targets(config, self.work / f"targets-{name}").path
+            return targets(config, out).path
 
-        return self._once(f"targets-{name}", run)
+        return self._once(out.name, run)
 
     def memory(self, setting: Mapping[str, Any]) -> str:
         """Trains the memory of a row."""
-        out = self.memory_folder(setting)
+        out = self.folder(setting)
         layers = setting.get("layers")
         start = {"adapted": "teacher", "base": self.base}[setting.get("init", "adapted")]
         if isinstance(layers, list):
@@ -147,7 +161,8 @@ class Experiment:
         self._free()
         return str(out / "memory")
 
-    def memory_folder(self, setting: Mapping[str, Any]) -> Path:
+    def folder(self, setting: Mapping[str, Any]) -> Path:
+        """Where a row's own training lies."""
         return self.work / f"train-{_file_name(setting['name'])}"
 
     def model(self, name: str) -> str:

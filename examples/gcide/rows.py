@@ -37,9 +37,17 @@ def adapted_row(experiment: Experiment, setting: Setting) -> Row:
     )
 
 
+def tuned_row(experiment: Experiment, setting: Setting) -> Row:
+    """Fine-tuning with other options than the teacher's."""
+    model = experiment.tuned(setting)
+    return {
+        "stage_seconds": {"train": experiment.seconds(experiment.folder(setting))}
+    } | _model_row(experiment, setting, model)
+
+
 def memory_row(experiment: Experiment, setting: Setting) -> Row:
     model = experiment.memory(setting)
-    folders = {"train": experiment.memory_folder(setting), "adapt": "adapt"}
+    folders = {"train": experiment.folder(setting), "adapt": "adapt"}
     folders["targets"] = f"targets-{setting['targets']}"
     return {
         "stage_seconds": {stage: experiment.seconds(folder) for stage, folder in folders.items()}
@@ -82,6 +90,7 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
 ROWS: dict[str, Callable[[Experiment, Setting], Row]] = {
     "base": base_row,
     "adapted": adapted_row,
+    "tuned": tuned_row,
     "memory": memory_row,
     "knn": knn_row,
 }

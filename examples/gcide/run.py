@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,10 @@ from rows import ROWS
 from memdec.console import say
 from memdec.errors import MemdecError
 
-START = time.monotonic()
 
-
-def main() -> None:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    start = time.monotonic()
+    options = _options(arguments)
     settings = yaml.safe_load(options.settings.read_text())
     outside = dict(text.split("=", 1) for text in options.outside)
     experiment = Experiment(
@@ -47,17 +46,18 @@ def main() -> None:
         if name in done and done[name]["setting"] == setting:
             say(f"{name}: already done")
             continue
-        before = time.monotonic() - START
+        before = time.monotonic() - start
         if options.minutes is not None and before + setting["seconds"] > 60 * options.minutes:
             say(f"{name}: left out, {setting['seconds']} s more would pass the limit")
             continue
         row = ROWS[setting["kind"]](experiment, setting)
-        seconds = time.monotonic() - START - before
+        total = time.monotonic() - start
+        seconds = total - before
         done[name] = {"name": name, "setting": setting, "seconds": seconds, **row}
         known = [one["name"] for one in settings["rows"]]
         result["rows"] = [done[one] for one in known if one in done]
         _write(options.result, result)
-        say(f"{name}: {seconds:.0f} s, {time.monotonic() - START:.0f} s in all")
+        say(f"{name}: {seconds:.0f} s, {total:.0f} s in all")
 
 
 def _open_result(path: Path, experiment: Experiment) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _write(path: Path, result: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", required=True, help="model directory or .gguf file")
     parser.add_argument("--tokens", type=Path, required=True, help="directory of memdec prepare")
@@ -95,7 +95,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--settings", type=Path, default=Path(__file__).with_name("settings.yaml"))
     parser.add_argument("--minutes", type=float, help="start no row that would end after so long")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

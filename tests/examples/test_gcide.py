@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
+from memdec.evaluation.mixture import best_lmbda, mix_log_probs
+from memdec.ops import SparseTargets
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
 LOOP = {"batch_blocks": 4, "gradient_accumulation": 1, "learning_rate": 3.0e-3}
@@ -28,6 +30,7 @@ SETTINGS = {
     "targets": {
         "mixture": {"source": "mixture", "k": 16, "top_m": 8, "batch_blocks": 4},
         "teacher": {"source": "teacher", "top_m": 8, "batch_blocks": 4},
+        "residual": {"residual_of": "teacher", "lmbda": 0.7, "label_weight": 0.4},
     },
     "train": LOOP,
     "rows": [
@@ -38,6 +41,9 @@ SETTINGS = {
         | {"train": TAUGHT},
         {"name": "layer 1", "kind": "memory", "targets": "teacher", "layers": [1], "seconds": 1}
         | {"init": "base", "train": TAUGHT},
+        {"name": "residual", "kind": "memory", "targets": "residual", "layers": 1, "seconds": 1}
+        | {"train": {"epochs": 2, "alpha": 1.0}},
+        {"name": "tuned", "kind": "tuned", "seconds": 1, "train": {"epochs": 1}},
     ],
 }
 
@@ -48,19 +54,20 @@ def run(tiny, root: Path, *more: str) -> dict:
     arguments = ["--base", tiny.model, "--tokens", tiny.tokens, "--outside", f"else={tiny.tokens}"]
     arguments += ["--work", root / "work", "--result", root / "result.json"]
     arguments += ["--settings", settings, "--device", "cpu", *more]
-    python_path = os.pathsep.join([str(FOLDER.parents[1]), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, FOLDER / "run.py", *arguments],
-        env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    importlib.import_module("run").main([str(one) for one in arguments])
     return json.loads((root / "result.json").read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _modules() -> Iterator[None]:
+    """The example's files import one another by name, as a script's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield
+
+
 @pytest.fixture(scope="module")
-def results(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
+def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
     """The result of a run with a limit, that of the run after it, and where the latter lies."""
     root = tmp_path_factory.mktemp("gcide")
     return run(tiny, root, "--minutes", "100"), run(tiny, root), root / "result.json"
@@ -68,7 +75,7 @@ def results(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict,
 
 def test_a_limit_leaves_out_what_would_pass_it(results: tuple[dict, dict, Path]) -> None:
     names = [row["name"] for row in results[0]["rows"]]
-    assert names == ["base", "DAPT", "kNN-LM", "layer 1"]
+    assert names == ["base", "DAPT", "kNN-LM", "layer 1", "residual", "tuned"]
 
 
 def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> None:
@@ -81,7 +88,7 @@ def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> 
 def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> None:
     rows = {row["name"]: row for row in results[1]["rows"]}
     base = rows["base"]["perplexity"]["alone"]["test"]["perplexity"]
-    for name in ("DAPT", "kNN-LM", "1 layer"):
+    for name in ("DAPT", "kNN-LM", "1 layer", "residual"):
         assert rows[name]["perplexity"]["joint"]["test"]["perplexity"] < 0.9 * base
     for row in rows.values():
         for texts in row["perplexity"].values():
@@ -107,7 +114,7 @@ def test_the_table_has_every_row_and_goal(results: tuple[dict, dict, Path]) -> N
     assert len(widths) == 3  # each table's rows are as wide as its head
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,8 +123,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
+def gate() -> ModuleType:
     return importlib.import_module("gate")
 
 
@@ -161,8 +167,6 @@ def test_no_lmbda_depends_on_a_label_that_is_not_known_yet(gate: ModuleType) -> 
 def test_a_gate_is_better_than_any_constant(gate: ModuleType) -> None:
     from scores import Scores
 
-    from memdec.evaluation.mixture import best_lmbda, mix_log_probs
-
     generator = np.random.default_rng(0)
     knows = generator.random(2048) < 0.5  # and is sure where it knows
     label = np.where(knows, -0.1, -6.0)
@@ -171,3 +175,20 @@ def test_a_gate_is_better_than_any_constant(gate: ModuleType) -> None:
     weights = gate.Gate.fit(base, memory, 1024).lmbda(base, memory)
     gated = -mix_log_probs(base.label, memory.label, weights).mean()
     assert gated < best_lmbda(base.label, memory.label)[1] - 0.1
+
+
+def test_a_residual_completes_the_base_to_the_teacher() -> None:
+    subtract = importlib.import_module("residual").subtract
+    taught = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 1.0], [0.25, 0.25, 0.25, 0.25]])
+    base = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.1, 0.7, 0.1], [1.0, 0.0, 0.0, 0.0]])
+    inside = taught > 0
+    indptr = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
+    rows = SparseTargets(indptr, inside.nonzero()[:, 1].int(), taught[inside])
+    found = subtract(rows, base.log(), 0.6)
+    assert found.validate(4) is found
+    dense = found.to_dense(4)
+    torch.testing.assert_close(dense.sum(1), torch.ones(3))
+    wanted = (taught - 0.6 * base).clamp(min=0)
+    torch.testing.assert_close(dense, wanted / wanted.sum(1, keepdim=True))
+    alike = subtract(rows, taught.log(), 1.0)  # nothing is left
+    torch.testing.assert_close(alike.to_dense(4), taught)
