@@ -173,7 +173,9 @@ def rarest_decile(train: TokenStream, labels: np.ndarray, vocab_size: int) -> np
 def function_words(tokenizer: PreTrainedTokenizerBase, labels: np.ndarray) -> np.ndarray:
     """Where the label begins a word and is a function word, bool [positions]."""
     ids = np.unique(labels)
-    texts = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+    texts = [
+        tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids.tolist()
+    ]
     wanted = [text[:1] == " " and text[1:].lower() in FUNCTION_WORDS for text in texts]
     return np.isin(labels, ids[np.array(wanted, bool)])
 

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from memdec.console import Progress
 from memdec.data.artefact import stage
-from memdec.data.corpus import TokenCorpus
+from memdec.data.corpus import TokenCorpus, block_batches
 from memdec.data.targets import KIND, TargetStore
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets, knn_scatter
 
 _LEAST = 1e-3  # of a row's mass
+_BLOCKS = 8  # in one forward pass of the base
 
 
 def residual_targets(
@@ -82,20 +83,21 @@ def _residual(
     lmbda: float,
     label_weight: float,
 ) -> SparseTargets:
-    """One shard's rows, a block of the base's context at a time."""
+    """One shard's rows."""
     stream = corpus.split("train")
     first = int(shard["position"][0])
     parts = []
-    for start in range(0, len(shard["label"]), block_size):
-        rows = slice(start, min(start + block_size, len(shard["label"])))
-        tokens = stream.read(first + rows.start, first + rows.stop).astype(np.int64)
-        input_ids = torch.from_numpy(tokens)[None].to(model.device)
-        logits = model(input_ids=input_ids, use_cache=False).logits[0, :, : corpus.vocab_size]
+    cuts = block_batches(first, first + len(shard["label"]), block_size, _BLOCKS)
+    for start, stop, blocks in cuts:
+        tokens = torch.from_numpy(stream.read(start, stop).astype(np.int64)).to(model.device)
+        logits = model(input_ids=tokens.view(blocks, -1), use_cache=False).logits.flatten(0, 1)
+        log_probs = logits[:, : corpus.vocab_size].float().log_softmax(dim=1)
+        rows = slice(start - first, stop - first)
         targets = SparseTargets(
             shard["indptr"][rows.start : rows.stop + 1], shard["token_ids"], shard["probs"]
         )
         taught = _with_label(targets.compact().to(model.device), shard["label"][rows], label_weight)
-        parts.append(subtract(taught, logits.float().log_softmax(dim=1), 1 - lmbda).to("cpu"))
+        parts.append(subtract(taught, log_probs, 1 - lmbda).to("cpu"))
     return SparseTargets.cat(parts)
 
 
