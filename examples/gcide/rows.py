@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from experiment import Experiment, label_scores
-from gate import Gate
+from gate import Gate, posterior
 from measures import function_words, mean_change, median_gain, perplexity, rarest_decile
 from scores import score_neighbours
 
@@ -55,7 +55,7 @@ def memory_row(experiment: Experiment, setting: Setting) -> Row:
 
 
 def knn_row(experiment: Experiment, setting: Setting) -> Row:
-    """Neighbours mixed with the base, or with the adapted model."""
+    """Neighbours mixed with the base, or with the adapted model; gated by the evidence alone."""
     store = experiment.datastore(setting["keys"])
     keys_model = experiment.model(setting["keys"])
     beside = label_scores(experiment.scores(setting["beside"], experiment.model(setting["beside"])))
@@ -72,6 +72,9 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
     }
     lmbda, _ = best_lmbda(beside["validation"], near["validation"])
     joint = {name: mix_log_probs(beside[name], near[name], lmbda) for name in near}
+    block_size = experiment.how.block_size
+    weights = {name: posterior(base[name], joint[name], block_size) for name in near}
+    gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}
     needs_teacher = setting["keys"] != "base"
     return {
         "stage_seconds": {"datastore": experiment.seconds(f"datastore-{setting['keys']}")},
@@ -79,11 +82,13 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
         "key_bytes": experiment.key_bytes(),
         "lmbda": lmbda,
         "temperature": temperature,
+        "mean_gate": {name: lmbda * float(weight.mean()) for name, weight in weights.items()},
         "perplexity": {
             "alone": _perplexities(experiment, near),
             "joint": _perplexities(experiment, joint),
+            "gated": _perplexities(experiment, gated),
         },
-        **_behaviour(experiment, base["test"], {"joint": joint["test"]}),
+        **_behaviour(experiment, base["test"], {"joint": joint["test"], "gated": gated["test"]}),
     }
 
 
