@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,18 +48,25 @@ def initial_memory(
     return source if layers is None else keep_layers(source, layers)
 
 
-def keep_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A model of `layers` of the model's layers, evenly spaced, the first and last among them.
+def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """A model of some of the model's layers; embeddings and output are kept, tied if they were.
 
-    One layer alone is the first. Embeddings and output are kept, tied if they were.
+    Args:
+        layers: how many, evenly spaced, the first and the last among them (one alone is the first);
+            or the layers' own numbers, in rising order.
 
     Raises:
         MemdecError: `layers` out of range, or layers that do not fit the shortened configuration.
     """
     name = find_blocks(model)
     total = len(list(model.get_submodule(name).children()))
-    require(1 <= layers <= total, "layers", f"from 1 to {total}, the model's", layers)
-    kept = [round(i * (total - 1) / max(layers - 1, 1)) for i in range(layers)]
+    if isinstance(layers, int):
+        require(1 <= layers <= total, "layers", f"from 1 to {total}, the model's", layers)
+        kept = [round(i * (total - 1) / max(layers - 1, 1)) for i in range(layers)]
+    else:
+        kept = list(layers)
+        rising = kept == sorted({number for number in kept if 0 <= number < total}) != []
+        require(rising, "layers", f"rising numbers from 0 to {total - 1}", kept)
     config = copy.deepcopy(model.config)
     _shorten(config.get_text_config(), kept, total)
     weights = {}
@@ -74,7 +82,7 @@ def keep_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
         short.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         raise MemdecError(
-            f"{type(model).__name__} cannot be cut to {layers} of its {total} layers: "
+            f"{type(model).__name__} cannot be cut to {len(kept)} of its {total} layers: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from error
     short.generation_config = copy.deepcopy(model.generation_config)

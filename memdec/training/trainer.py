@@ -270,7 +270,8 @@ class _Schedule(TrainerCallback):
             if self.trainer.alpha > 0:
                 row |= {"train_kl": kl, "train_ce": ce}
             self.trainer.loss_sums.zero_()
-        with self.trainer.arithmetic():
+        # Uncompiled: a validation's last batches have shapes of their own, each a compilation.
+        with self.trainer.arithmetic(), torch.compiler.set_stance("force_eager"):
             row |= self.validate(self.model)
         (row,) = broadcast_object_list([row])  # one decision for all processes
         if not math.isfinite(row["score"]):

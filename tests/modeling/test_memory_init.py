@@ -56,6 +56,19 @@ def test_kept_layers_are_the_teachers_own_and_survive_saving(
     assert short.config.num_hidden_layers == 3
 
 
+def test_layers_may_be_chosen_by_number() -> None:
+    model = tiny_model("Llama", num_hidden_layers=5)
+    expected = logits(keep_layers(model, 3))  # 0, 2 and 4
+    torch.testing.assert_close(logits(keep_layers(model, [0, 2, 4])), expected, rtol=0, atol=0)
+    assert not torch.equal(logits(keep_layers(model, [0, 1, 4])), expected)
+
+
+@pytest.mark.parametrize("layers", [[], [0, 5], [2, 1], [1, 1], [-1, 2]])
+def test_numbers_that_are_no_layers_are_refused(layers: list[int]) -> None:
+    with pytest.raises(MemdecError, match="rising numbers from 0 to 4"):
+        keep_layers(tiny_model("Llama", num_hidden_layers=5), layers)
+
+
 def test_per_layer_lists_of_the_configuration_follow() -> None:
     model = tiny_model("Gemma2", num_hidden_layers=4)
     assert model.config.layer_types == ["sliding_attention", "full_attention"] * 2

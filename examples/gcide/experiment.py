@@ -1,0 +1,237 @@
+"""The stages behind the rows, each run when a row first needs it, and the scores of what they make."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from residual import residual_targets
+from scores import ScoreFile, Scores, Settings, Text, score
+
+from memdec.data.corpus import TokenCorpus
+from memdec.data.datastore import Datastore, DatastoreConfig, datastore
+from memdec.data.targets import TargetsConfig, TargetStore, targets
+from memdec.info import sections
+from memdec.modeling.loading import (
+    compare_tokenizers,
+    load_model,
+    load_shape,
+    load_tokenizer,
+    model_fingerprint,
+    pick_device,
+)
+from memdec.modeling.memory_init import keep_layers
+from memdec.training.adapt import AdaptConfig, adapt
+from memdec.training.distill import TrainConfig, train
+
+SCORING_BLOCKS = 8
+
+
+class Experiment:
+    """One base, one domain, one folder of work.
+
+    Attributes:
+        texts: the held-out texts by name: ``validation``, ``test``, and those outside the domain.
+        outside: names of the latter.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        base: str,
+        tokens: Path,
+        outside: Mapping[str, str],
+        work: Path,
+        device: str,
+    ) -> None:
+        self.settings = settings
+        self.tokens = tokens
+        self.work = work
+        self.device = str(pick_device(device))
+        self.corpus = TokenCorpus.open(tokens)
+        self.outside = list(outside)
+        self.base = self._as_directory(base)
+        self.how = Settings(settings["block_size"], SCORING_BLOCKS, self.corpus.vocab_size)
+        corpora = {name: TokenCorpus.open(path) for name, path in outside.items()}
+        for name, other in corpora.items():
+            compare_tokenizers(other.tokenizer(), self.corpus.tokenizer(), (name, str(tokens)))
+        streams = {name: self.corpus.split(name) for name in ("validation", "test")}
+        streams |= {name: other.split("test") for name, other in corpora.items()}
+        most = settings["positions"]
+        self.texts = {
+            name: Text(stream, min(stream.positions, most)) for name, stream in streams.items()
+        }
+        self._inputs = {name: other.fingerprint for name, other in corpora.items()}
+        self._kept: dict[str, Any] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """What every row shares; a result of other facts is of another experiment."""
+        inputs = {"base": model_fingerprint(self.base), "tokens": self.corpus.fingerprint}
+        return {
+            "settings": {name: part for name, part in self.settings.items() if name != "rows"},
+            "inputs": {**inputs, **self._inputs},
+            "train_tokens": self.corpus.split("train").positions,
+            "held_out": {name: text.positions for name, text in self.texts.items()},
+            "outside": self.outside,
+        }
+
+    def machine(self) -> dict[str, str]:
+        on_gpu = self.device.startswith("cuda")
+        return {
+            "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+            **sections()["versions"],
+        }
+
+    def adapted(self) -> str:
+        """The adapted teacher, which is also what plain fine-tuning gives."""
+
+        return self._once("adapt", lambda: self._adapt({}, self.work / "adapt"))
+
+    def tuned(self, setting: Mapping[str, Any]) -> str:
+        """Plain fine-tuning with a row's own options, for comparison."""
+        return self._adapt(setting["train"], self.folder(setting))
+
+    def _adapt(self, changes: Mapping[str, Any], out: Path) -> str:
+        options = {**self._shared(), **self.settings["adapt"], **changes}
+        adapt(AdaptConfig(model=self.base, tokens=self.tokens, **options), out)
+        self._free()
+        return str(out / "model")
+
+    def datastore(self, keys: str) -> Datastore:
+        """The keys of the ``adapted`` teacher or of the ``base``."""
+        out = self.work / f"datastore-{keys}"
+
+        def run() -> Datastore:
+            options = {**self._shared(), **self.settings["datastore"]}
+            datastore(DatastoreConfig(model=self.model(keys), tokens=self.tokens, **options), out)
+            return Datastore.open(out, self.device)
+
+        return self._once(out.name, run)
+
+    def targets(self, name: str) -> Path:
+        """Targets of the settings' name."""
+        options = dict(self.settings["targets"][name])
+        out = self.work / f"targets-{name}"
+        if "residual_of" in options:
+            taught = TargetStore.open(self.targets(options.pop("residual_of")))
+            return self._once(
+                out.name,
+                lambda: residual_targets(
+                    self.base, taught, self.corpus, out, device=self.device, **options
+                ),
+            )
+        if options["source"] != "teacher":
+            options["datastore"] = self.datastore("adapted").artefact.path
+        else:
+            options["block_size"] = self.settings["block_size"]
+
+        def run() -> Path:
+            config = TargetsConfig(
+                tokens=self.tokens, model=self.adapted(), device=self.device, **options
+            )
+            return targets(config, out).path
+
+        return self._once(out.name, run)
+
+    def memory(self, setting: Mapping[str, Any]) -> str:
+        """Trains the memory of a row."""
+        out = self.folder(setting)
+        layers = setting.get("layers")
+        start = {"adapted": "teacher", "base": self.base}[setting.get("init", "adapted")]
+        if isinstance(layers, list):
+            start, layers = self._chosen_layers(setting), None
+        config = TrainConfig(
+            tokens=self.tokens,
+            targets=self.targets(setting["targets"]),
+            base=self.base,
+            teacher=self.adapted(),
+            memory_init=start,
+            memory_layers=layers,
+            device=self.device,
+            **{**self.settings["train"], **setting["train"]},
+        )
+        train(config, out)
+        self._free()
+        return str(out / "memory")
+
+    def folder(self, setting: Mapping[str, Any]) -> Path:
+        """Where a row's own training lies."""
+        return self.work / f"train-{_file_name(setting['name'])}"
+
+    def model(self, name: str) -> str:
+        return {"base": lambda: self.base, "adapted": self.adapted}[name]()
+
+    def scores(self, name: str, model: str) -> dict[str, Scores]:
+        """The answers of a model to every text, made once; `name` is the file's."""
+        file = ScoreFile(self.work / "scores" / f"{_file_name(name)}.npz")
+        fingerprint = model_fingerprint(model)
+        found = file.read(fingerprint)
+        if found is None:
+            loaded = load_model(model, device=self.device)
+            found = {name: score(loaded, text, self.how) for name, text in self.texts.items()}
+            file.write(fingerprint, found)
+        return found
+
+    def key_bytes(self) -> int:
+        """Of a datastore of the train tokens, its keys in 16 bits."""
+        width = load_shape(self.base).config.get_text_config().hidden_size
+        return 2 * width * self.corpus.split("train").positions
+
+    def seconds(self, folder: str | Path) -> float:
+        """What a stage took, in the run that finished it."""
+        return float(json.loads((self.work / folder / "timing.json").read_text())["seconds"])
+
+    def _shared(self) -> dict[str, Any]:
+        return {"block_size": self.settings["block_size"], "device": self.device}
+
+    def _once(self, name: str, run: Callable[[], Any]) -> Any:
+        if name not in self._kept:
+            self._kept[name] = run()
+            self._free()
+        return self._kept[name]
+
+    @staticmethod
+    def _free() -> None:
+        """Gives the GPU's memory back: the next stage has other sizes."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _as_directory(self, base: str) -> str:
+        """A .gguf file as a model directory, which loads in a second instead of twenty."""
+        if not base.endswith(".gguf"):
+            return base
+        target = self.work / "base"
+        if not target.is_dir():
+            temporary = target.with_suffix(".tmp")
+            load_model(base).save_pretrained(temporary)
+            load_tokenizer(base).save_pretrained(temporary)
+            temporary.rename(target)
+        return str(target)
+
+    def _chosen_layers(self, setting: Mapping[str, Any]) -> str:
+        """A model directory with the layers that a row lists."""
+        source = self.model(setting.get("init", "adapted"))
+        target = self.work / f"init-{_file_name(setting['name'])}"
+        if not target.is_dir():
+            temporary = target.with_suffix(".tmp")
+            keep_layers(load_model(source), setting["layers"]).save_pretrained(temporary)
+            self.corpus.tokenizer().save_pretrained(temporary)
+            temporary.rename(target)
+        return str(target)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "-", name.strip().lower())
+
+
+def label_scores(scores: Mapping[str, Scores]) -> dict[str, np.ndarray]:
+    """Log p(label) by text."""
+    return {name: one.label for name, one in scores.items()}

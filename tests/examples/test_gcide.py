@@ -1,0 +1,194 @@
+"""examples/gcide end to end on a tiny model: rows, time limit, resuming, table; and its gate."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from memdec.evaluation.mixture import best_lmbda, mix_log_probs
+from memdec.ops import SparseTargets
+
+FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
+LOOP = {"batch_blocks": 4, "gradient_accumulation": 1, "learning_rate": 3.0e-3}
+TAUGHT = {"epochs": 2, "alpha": 0.5}
+SETTINGS = {
+    "block_size": 32,
+    "positions": 400,
+    "adapt": {**LOOP, "epochs": 3},
+    "datastore": {"index": "Flat"},
+    "targets": {
+        "mixture": {"source": "mixture", "k": 16, "top_m": 8, "batch_blocks": 4},
+        "teacher": {"source": "teacher", "top_m": 8, "batch_blocks": 4},
+        "residual": {"residual_of": "teacher", "lmbda": 0.7, "label_weight": 0.4},
+    },
+    "train": LOOP,
+    "rows": [
+        {"name": "base", "kind": "base", "seconds": 1},
+        {"name": "DAPT", "kind": "adapted", "seconds": 1},
+        {"name": "kNN-LM", "kind": "knn", "keys": "adapted", "beside": "base", "seconds": 1},
+        {"name": "1 layer", "kind": "memory", "targets": "mixture", "layers": 1, "seconds": 9000}
+        | {"train": TAUGHT},
+        {"name": "layer 1", "kind": "memory", "targets": "teacher", "layers": [1], "seconds": 1}
+        | {"init": "base", "train": TAUGHT},
+        {"name": "residual", "kind": "memory", "targets": "residual", "layers": 1, "seconds": 1}
+        | {"train": {"epochs": 2, "alpha": 1.0}},
+        {"name": "tuned", "kind": "tuned", "seconds": 1, "train": {"epochs": 1}},
+    ],
+}
+
+
+def run(tiny, root: Path, *more: str) -> dict:
+    settings = root / "settings.yaml"
+    settings.write_text(yaml.safe_dump(SETTINGS))
+    arguments = ["--base", tiny.model, "--tokens", tiny.tokens, "--outside", f"else={tiny.tokens}"]
+    arguments += ["--work", root / "work", "--result", root / "result.json"]
+    arguments += ["--settings", settings, "--device", "cpu", *more]
+    importlib.import_module("run").main([str(one) for one in arguments])
+    return json.loads((root / "result.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules() -> Iterator[None]:
+    """The example's files import one another by name, as a script's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
+    """The result of a run with a limit, that of the run after it, and where the latter lies."""
+    root = tmp_path_factory.mktemp("gcide")
+    return run(tiny, root, "--minutes", "100"), run(tiny, root), root / "result.json"
+
+
+def test_a_limit_leaves_out_what_would_pass_it(results: tuple[dict, dict, Path]) -> None:
+    names = [row["name"] for row in results[0]["rows"]]
+    assert names == ["base", "DAPT", "kNN-LM", "layer 1", "residual", "tuned"]
+
+
+def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> None:
+    limited, whole, _ = results
+    assert [row["name"] for row in whole["rows"]] == [row["name"] for row in SETTINGS["rows"]]
+    kept = {row["name"]: row for row in whole["rows"]}
+    assert [kept[row["name"]] for row in limited["rows"]] == limited["rows"]  # seconds too
+
+
+def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> None:
+    rows = {row["name"]: row for row in results[1]["rows"]}
+    base = rows["base"]["perplexity"]["alone"]["test"]["perplexity"]
+    for name in ("DAPT", "kNN-LM", "1 layer", "residual"):
+        assert rows[name]["perplexity"]["joint"]["test"]["perplexity"] < 0.9 * base
+    for row in rows.values():
+        for texts in row["perplexity"].values():
+            for found in texts.values():
+                if found["perplexity"] is not None:
+                    low, high = found["interval"]
+                    assert low <= found["perplexity"] <= high
+    memory = rows["1 layer"]
+    assert memory["parameters"] < rows["DAPT"]["parameters"]
+    assert memory["tail_gain"]["joint"] > 1
+    assert set(memory["stage_seconds"]) == {"train", "adapt", "targets"}
+
+
+def test_the_table_has_every_row_and_goal(results: tuple[dict, dict, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, FOLDER / "table.py", results[2]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for row in SETTINGS["rows"]:
+        assert done.stdout.count(f"| {row['name']} |") == 2
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    widths = {line.count("|") for line in lines}
+    assert len(widths) == 3  # each table's rows are as wide as its head
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gate() -> ModuleType:
+    return importlib.import_module("gate")
+
+
+def test_evidence_bounds_what_is_lost_to_the_base(gate: ModuleType) -> None:
+    generator = np.random.default_rng(0)
+    base = -generator.exponential(2, 4096)
+    mixed = base - generator.exponential(1, 4096)  # worse everywhere
+    weights = gate.posterior(base, mixed, 1024)
+    found = np.log((1 - weights) * np.exp(base) + weights * np.exp(mixed))
+    assert (base - found).mean() < math.log(2) / 1024 + gate.SHARE
+
+
+def test_evidence_follows_the_better_one(gate: ModuleType) -> None:
+    base = np.full(1000, -4.0)
+    mixed = np.where(np.arange(1000) < 500, -3.0, -5.0)  # the domain ends in the middle
+    weights = gate.posterior(base, mixed, 1000)
+    assert weights[0] == 0.5
+    assert weights[20:500].min() > 0.99
+    assert weights[520:].max() < 0.01
+
+
+def test_no_lmbda_depends_on_a_label_that_is_not_known_yet(gate: ModuleType) -> None:
+    from scores import Scores
+
+    generator = np.random.default_rng(0)
+
+    def some() -> Scores:
+        return Scores(*(-generator.exponential(2, (2, 256))), generator.exponential(2, 256))
+
+    base, memory = some(), some()
+    fitted = gate.Gate.fit(base, memory, 64)
+    before = fitted.lmbda(base, memory)
+    changed = Scores(memory.label.copy(), memory.top, memory.entropy)
+    changed.label[100] -= 3
+    after = fitted.lmbda(base, changed)
+    assert np.array_equal(before[:101], after[:101])
+    assert not np.array_equal(before[101:128], after[101:128])
+    assert np.array_equal(before[128:], after[128:])  # another block, another context
+
+
+def test_a_gate_is_better_than_any_constant(gate: ModuleType) -> None:
+    from scores import Scores
+
+    generator = np.random.default_rng(0)
+    knows = generator.random(2048) < 0.5  # and is sure where it knows
+    label = np.where(knows, -0.1, -6.0)
+    memory = Scores(label, np.where(knows, -0.1, -2.0), np.where(knows, 0.3, 4.0))
+    base = Scores(*np.full((3, 2048), -3.0))
+    weights = gate.Gate.fit(base, memory, 1024).lmbda(base, memory)
+    gated = -mix_log_probs(base.label, memory.label, weights).mean()
+    assert gated < best_lmbda(base.label, memory.label)[1] - 0.1
+
+
+def test_a_residual_completes_the_base_to_the_teacher() -> None:
+    subtract = importlib.import_module("residual").subtract
+    taught = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 1.0], [0.25, 0.25, 0.25, 0.25]])
+    base = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.1, 0.7, 0.1], [1.0, 0.0, 0.0, 0.0]])
+    inside = taught > 0
+    indptr = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
+    rows = SparseTargets(indptr, inside.nonzero()[:, 1].int(), taught[inside])
+    found = subtract(rows, base.log(), 0.6)
+    assert found.validate(4) is found
+    dense = found.to_dense(4)
+    torch.testing.assert_close(dense.sum(1), torch.ones(3))
+    wanted = (taught - 0.6 * base).clamp(min=0)
+    torch.testing.assert_close(dense, wanted / wanted.sum(1, keepdim=True))
+    alike = subtract(rows, taught.log(), 1.0)  # nothing is left
+    torch.testing.assert_close(alike.to_dense(4), taught)
