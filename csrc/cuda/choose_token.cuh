@@ -2,6 +2,8 @@
 // are exact: whatever adds them in whatever order finds the same token.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/softmax_sum.cuh"
 
 namespace memdec::cuda {
@@ -18,10 +20,18 @@ struct Filters {
 
 constexpr int kCuts = 7;  // thresholds that a search tries at once
 
+// One of many things, and where in its weight the draw fell.
+struct Picked {
+  int index;  // -1: they have no weight
+  uint64_t rest;
+  uint64_t weight;
+};
+
 // Shared memory of the functions below; free again when one returns.
 struct ChoiceScratch {
   uint64_t values[kMaxWarps][kCuts];
-  uint64_t result[2];
+  int counts[2][kMaxWarps];
+  Picked result;
 };
 
 // A weight in (0, 1] as a whole number: below 2^-44 of the greatest token nothing is drawn.
@@ -88,36 +98,56 @@ __device__ inline uint64_t block_scan(uint64_t value, uint64_t* total, ChoiceScr
   return before;
 }
 
-// One of n things, and where in its weight the draw fell, from 0 to below it.
-struct Picked {
-  int index;
-  uint64_t rest;
-};
+// The thing in whose weight `target_of(sum of all weights)`, a number below that sum, falls when
+// weights are laid side by side. Each thread brings the next kEach of them.
+template <int kEach, typename Target>
+__device__ inline Picked pick(const uint64_t (&weights)[kEach], ChoiceScratch& scratch,
+                              Target&& target_of) {
+  uint64_t sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += weights[i];
+  uint64_t before = block_scan(sum, &total, scratch);
+  if (total == 0) return {-1, 0, 0};
+  const uint64_t target = target_of(total);
+  if (before <= target && target < before + sum) {  // in one thread
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (!found && target < before + weights[i]) {
+        scratch.result = {static_cast<int>(threadIdx.x) * kEach + i, target - before, weights[i]};
+        found = true;
+      }
+      before += weights[i];
+    }
+  }
+  __syncthreads();
+  const Picked picked = scratch.result;
+  __syncthreads();
+  return picked;
+}
 
-// The thing in whose weight `target` falls, when weights are laid side by side; target lies below
-// their sum.
-template <typename Weight>
-__device__ inline Picked pick_at(int n, uint64_t target, ChoiceScratch& scratch, Weight&& weight) {
+// The same for n weights that the threads look up.
+template <typename Weight, typename Target>
+__device__ inline int pick_of(int n, ChoiceScratch& scratch, Weight&& weight, Target&& target_of) {
   const int threads = static_cast<int>(blockDim.x);
   const int each = (n + threads - 1) / threads;
   const int first = min(n, static_cast<int>(threadIdx.x) * each), end = min(n, first + each);
-  uint64_t sum = 0, total;
-  for (int i = first; i < end; ++i) sum += weight(i);
-  uint64_t before = block_scan(sum, &total, scratch);
-  if (before <= target && target < before + sum) {  // in one thread
+  uint64_t sums[1] = {0};
+  for (int i = first; i < end; ++i) sums[0] += weight(i);
+  const Picked picked = pick(sums, scratch, target_of);
+  if (static_cast<int>(threadIdx.x) == picked.index) {
+    uint64_t before = 0;
     int i = first;
     for (; i < end - 1; ++i) {
-      const uint64_t after = before + weight(i);
-      if (target < after) break;
-      before = after;
+      before += weight(i);
+      if (picked.rest < before) break;
     }
-    scratch.result[0] = i;
-    scratch.result[1] = target - before;
+    scratch.result.index = i;
   }
   __syncthreads();
-  const Picked picked{static_cast<int>(scratch.result[0]), scratch.result[1]};
+  const int index = picked.index < 0 ? -1 : scratch.result.index;
   __syncthreads();
-  return picked;
+  return index;
 }
 
 // The sum of n weights.
@@ -129,23 +159,51 @@ __device__ inline uint64_t sum_of(int n, ChoiceScratch& scratch, Weight&& weight
   return sums[0];
 }
 
+// The k-th greatest of all threads' numbers, none below 0, or somewhat less if no more of them
+// reach that; 0 if there are fewer.
+template <int kEach>
+__device__ inline float floor_of_top(const float (&values)[kEach], int k, ChoiceScratch& scratch) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  uint32_t floor = 0;
+  for (int bit = 30; bit >= 0; --bit) {
+    const uint32_t next = floor | 1u << bit;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) count += __float_as_uint(values[i]) >= next;
+    count = __reduce_add_sync(0xffffffffu, count);
+    int* const counts = scratch.counts[bit & 1];  // the other one may still be read
+    if (lane == 0) counts[warp] = count;
+    __syncthreads();
+    count = __reduce_add_sync(0xffffffffu, lane < warps ? counts[lane] : 0);
+    if (count >= k) floor = next;
+    if (count == k) break;
+  }
+  __syncthreads();
+  return __uint_as_float(floor);
+}
+
+// Where a thing stands when things are ordered, and its weight.
+struct Placed {
+  uint64_t order;
+  uint64_t weight;
+};
+
 // The lowest number that is kept when things are kept in falling order until their weights reach
 // `wanted`: the greatest number, from `low` to `top`, for which the weights of all things whose
 // order is not below it reach `wanted`; `low` if none does.
-template <typename Order, typename Weight>
+template <typename PlaceOf>
 __device__ inline uint64_t find_cut(int n, uint64_t low, uint64_t top, uint64_t wanted,
-                                    ChoiceScratch& scratch, Order&& order, Weight&& weight) {
+                                    ChoiceScratch& scratch, PlaceOf&& place_of) {
   uint64_t high = top + 1;
   while (high - low > 1) {
     const uint64_t step = greater_of(1, (high - low) / (kCuts + 1));
     uint64_t reached[kCuts] = {};
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const uint64_t place = order(i);
-      if (place <= low) continue;
-      const uint64_t amount = weight(i);
+      const Placed thing = place_of(i);
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) {
-        if (place >= low + (cut + 1) * step) reached[cut] += amount;
+        if (thing.order >= low + (cut + 1) * step) reached[cut] += thing.weight;
       }
     }
     block_sums(reached, scratch);
@@ -168,8 +226,8 @@ __device__ inline uint64_t find_cut(int n, uint64_t low, uint64_t top, uint64_t 
   return low;
 }
 
-// Orders n things by their level, a float that may be -inf (then 0: never kept), ties by rising
-// index.
+// Orders n things by their level, a float that is -FLT_MAX for none (then 0: never kept), ties by
+// rising index.
 struct Ordering {
   int n;
   int bits;
@@ -179,7 +237,7 @@ struct Ordering {
   }
 
   __device__ uint64_t operator()(float level, int index) const {
-    if (level == -INFINITY) return 0;
+    if (level <= -FLT_MAX) return 0;
     uint32_t key = __float_as_uint(level);
     key = key & 0x80000000u ? ~key : key | 0x80000000u;
     return static_cast<uint64_t>(key) << bits | static_cast<uint64_t>(n - 1 - index);
@@ -193,11 +251,12 @@ struct Ordering {
   }
 };
 
-// Chooses one of n tokens by reading them as often as it takes; level(i) is log2 of a probability.
-// Without filters tokens are laid side by side as they come, else by falling probability.
+// Chooses one of n tokens by reading them as often as it takes; level(i) is log2 of a probability,
+// -FLT_MAX for none. Without filters tokens are laid side by side as they come, else by falling
+// probability.
 template <typename Level>
-__device__ inline int choose(int n, const Filters& filters, uint64_t bits, ChoiceScratch& scratch,
-                             Level&& level) {
+__device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
+                                   ChoiceScratch& scratch, const Level& level) {
   const Ordering ordering(n);
   uint64_t top = 0;
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
@@ -206,31 +265,37 @@ __device__ inline int choose(int n, const Filters& filters, uint64_t bits, Choic
   top = block_max(top, scratch);
   if (filters.inv_temperature == 0.f) return ordering.index(top);
   const float top_level = ordering.level(top);
-  const auto order = [&](int i) { return ordering(level(i), i); };
-  const auto softened = [&](int i) {
-    return fast_exp2((level(i) - top_level) * filters.inv_temperature);
-  };
   uint64_t cut = 1;
+  const auto place_of = [&](int i) -> Placed {
+    const float x = level(i);
+    const float weight = fast_exp2((x - top_level) * filters.inv_temperature);
+    const uint64_t order = ordering(x, i);
+    return {order, order >= cut ? whole_weight(weight) : 0};
+  };
   if (filters.top_k < n) {
-    cut = find_cut(n, cut, top, filters.top_k, scratch, order, [](int) { return 1; });
+    cut = find_cut(n, cut, top, filters.top_k, scratch,
+                   [&](int i) -> Placed { return {ordering(level(i), i), 1}; });
   }
   if (filters.top_p < 1.f) {
-    const auto weight = [&](int i) { return order(i) >= cut ? whole_weight(softened(i)) : 0; };
-    const uint64_t total = sum_of(n, scratch, weight);
+    const uint64_t total = sum_of(n, scratch, [&](int i) { return place_of(i).weight; });
     const auto wanted = static_cast<uint64_t>(ceil(static_cast<double>(filters.top_p) * total));
-    cut = find_cut(n, cut, top, greater_of(1, wanted), scratch, order, weight);
+    cut = find_cut(n, cut, top, greater_of(1, wanted), scratch, place_of);
   }
-  const auto weight = [&](int i) {
-    const float w = softened(i);
-    return order(i) >= cut && w >= filters.min_p ? whole_weight(w) : 0;
+  const auto kept = [&](int i) -> Placed {
+    const Placed thing = place_of(i);
+    const bool enough = thing.weight >= static_cast<uint64_t>(filters.min_p * 0x1p44f);
+    return {thing.order, enough ? thing.weight : 0};
   };
-  const uint64_t target = __umul64hi(bits, sum_of(n, scratch, weight));
-  if (filters.none(n)) return pick_at(n, target, scratch, weight).index;
-  const uint64_t drawn = find_cut(n, cut, top, target + 1, scratch, order, weight);
+  const auto weight = [&](int i) { return kept(i).weight; };
+  const auto target_of = [&](uint64_t total) { return __umul64hi(bits, total); };
+  if (filters.none(n)) return pick_of(n, scratch, weight, target_of);
+  const uint64_t target = target_of(sum_of(n, scratch, weight));
+  const uint64_t drawn = find_cut(n, cut, top, target + 1, scratch, kept);
   // The last token that is needed to pass the target.
   uint64_t lowest = 0;
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if (order(i) >= drawn && weight(i) > 0) lowest = greater_of(lowest, ~order(i));
+    const Placed thing = kept(i);
+    if (thing.order >= drawn && thing.weight > 0) lowest = greater_of(lowest, ~thing.order);
   }
   return ordering.index(~block_max(lowest, scratch));
 }

@@ -1,10 +1,10 @@
 // interpolate_sample: a token drawn from the mixture of two softmaxes, which is never written.
 //
-// On Hopper rows go through the pipeline of sample_job.cuh, which leaves a number for each group of
-// columns, and a block a row then reads again the few groups that matter: the one with the greatest
-// probability, the one that the draw falls into, or those that can hold one of the top k. What does
-// not fit there (top-p or min-p without a small top-k, tensors whose rows lie differently, other
-// GPUs) is done by a block a row that reads it as often as it takes.
+// On Hopper rows go through the pipeline of sample_job.cuh, which leaves a few numbers for each
+// group of columns, and a block a row then reads again the groups that matter: the one that the
+// draw falls into, or those that may hold one of the greatest tokens. What that cannot answer (a
+// nucleus of very many tokens, top-k above 512, tensors whose rows lie differently, other GPUs) is
+// done by a block a row that reads it as often as it takes.
 #include "common/kernels.h"
 #include "common/sampling.h"
 #include "cuda/choose_token.cuh"
@@ -14,10 +14,16 @@
 namespace memdec::cuda {
 namespace {
 
-constexpr int kThreads = 256;      // of the block that ends a row
+constexpr int kThreads = 256;  // of the block that ends a row
+constexpr int kEach = 8;       // groups that each of them looks at
+constexpr int kMaxGroups = kThreads * kEach;
 constexpr int kWideThreads = 512;  // of the block that does all of a row
 constexpr int kMaxCandidates = 2048;
 constexpr int kMaxTopK = 512;
+// Of a nucleus without top-k so many of the greatest tokens are looked at first, then kMaxTopK.
+constexpr int kFirstTopK = 64;
+// What the bounds of a group's probabilities may be off, on either side.
+constexpr float kBoundSlack = 0x1p-18f;
 
 // Below this temperature a group's sum of powers may be too small for float32.
 constexpr float kLowTemperature = 0.05f;
@@ -65,7 +71,7 @@ struct SampledRow {
   }
 
   __device__ void choose_slowly(const Mixture& mixture, ChoiceScratch& scratch) const {
-    const auto level = [&](int i) { return mixture.log2_probability(base_x(i), memory_x(i)); };
+    const auto level = [&](int i) { return mixture.level(base_x(i), memory_x(i)); };
     put(mixture, choose(vocab, filters_of(args), bits(), scratch, level));
   }
 };
@@ -85,9 +91,11 @@ __global__ void __launch_bounds__(kWideThreads) sample_kernel(InterpolateSampleA
   sampled.choose_slowly(mixture, scratch);
 }
 
-// The tokens that top-k may keep, of groups whose greatest probability reaches that of the k-th
-// greatest group; more of them than there is room for are counted, not kept.
+// Tokens that are more probable than all that are not here, in any order; more of them than there
+// is room for are counted, not kept.
 struct Candidates {
+  int groups;  // how many of `group` are in use
+  int group[kMaxGroups];
   int count;
   uint64_t orders[kMaxCandidates];
 };
@@ -110,140 +118,219 @@ __device__ inline void sort_falling(uint64_t* orders, int size) {
   }
 }
 
-// Chooses among candidates that hold the k greatest.
+// Chooses among the candidates; -1 if that takes tokens which are not among them. `total` is the
+// weight of all tokens, in units of the greatest one's, where top_k keeps all, and `floor` the
+// weight that no other token exceeds.
 __device__ inline int choose_candidate(Candidates& candidates, const Ordering& ordering,
-                                       const Filters& filters, uint64_t bits,
-                                       ChoiceScratch& scratch) {
+                                       const Filters& filters, double total, float floor,
+                                       uint64_t bits, ChoiceScratch& scratch) {
   int size = 2;
   while (size < candidates.count) size *= 2;
   for (int i = candidates.count + threadIdx.x; i < size; i += blockDim.x) candidates.orders[i] = 0;
   __syncthreads();
   sort_falling(candidates.orders, size);
   const float top_level = ordering.level(candidates.orders[0]);
-  const auto softened = [&](int i) {
+  const auto weight_at = [&](int i) {
     const float level = ordering.level(candidates.orders[i]);
-    return fast_exp2((level - top_level) * filters.inv_temperature);
+    return whole_weight(fast_exp2((level - top_level) * filters.inv_temperature));
   };
-  int n = min(candidates.count, filters.top_k);
+  const bool cut_by_k = filters.top_k < ordering.n;
+  int n = cut_by_k ? min(candidates.count, filters.top_k) : candidates.count;
   if (filters.top_p < 1.f) {
-    const auto weight = [&](int i) { return whole_weight(softened(i)); };
-    const double total = static_cast<double>(sum_of(n, scratch, weight));
-    const auto wanted = static_cast<uint64_t>(ceil(filters.top_p * total));
-    n = pick_at(n, greater_of(wanted, 1) - 1, scratch, weight).index + 1;
+    const auto found = static_cast<double>(sum_of(n, scratch, weight_at));
+    const double nucleus = ceil(filters.top_p * (cut_by_k ? found : total * 0x1p44));
+    if (found >= nucleus) {
+      const auto last = greater_of(static_cast<uint64_t>(nucleus), 1) - 1;
+      n = pick_of(n, scratch, weight_at, [&](uint64_t) { return last; }) + 1;
+    } else if (!(floor < filters.min_p)) {
+      return -1;
+    }
+  } else if (!cut_by_k && !(floor < filters.min_p)) {
+    return -1;
   }
+  const auto least = static_cast<uint64_t>(filters.min_p * 0x1p44f);
   const auto weight = [&](int i) {
-    const float w = softened(i);
-    return w >= filters.min_p ? whole_weight(w) : 0;
+    const uint64_t of_token = weight_at(i);
+    return of_token >= least ? of_token : 0;
   };
-  const uint64_t target = __umul64hi(bits, sum_of(n, scratch, weight));
-  return ordering.index(candidates.orders[pick_at(n, target, scratch, weight).index]);
+  const auto target_of = [&](uint64_t sum) { return __umul64hi(bits, sum); };
+  return ordering.index(candidates.orders[pick_of(n, scratch, weight, target_of)]);
 }
 
-template <typename T, GroupOf kOf>
+// Ends a row whose groups' sums are known: the group, then the token in it, that the draw falls
+// into.
+template <typename T, GroupSum kSum>
 __global__ void __launch_bounds__(kThreads)
-    end_sample_kernel(const __grid_constant__ InterpolateSampleArgs args,
-                      const __grid_constant__ PipelinePlan plan) {
+    draw_from_sums_kernel(const __grid_constant__ InterpolateSampleArgs args,
+                          const __grid_constant__ PipelinePlan plan) {
+  static_assert(kGroupColumns<T> <= kThreads, "a thread takes a column of the group");
+  __shared__ ChoiceScratch scratch;
+  wait_for_earlier_kernels();
+  const SampledRow<T, T> sampled(args, blockIdx.x);
+  const int n = group_count(plan);
+  const float* sums = RowGroups(args, sampled.row, n).sums;
+  uint64_t weights[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int group = threadIdx.x * kEach + i;
+    weights[i] = group < n ? whole_weight(sums[group]) : 0;
+  }
+  const Mixture mixture(row_weights(args, sampled.row), args.stats[2 * sampled.row],
+                        args.stats[2 * sampled.row + 1], args.inv_temperature);
+  if (!mixture.exists()) return sampled.put_nothing();
+  const uint64_t bits = sampled.bits();
+  const Picked group =
+      pick(weights, scratch, [&](uint64_t total) { return __umul64hi(bits, total); });
+  if (group.index < 0) return sampled.choose_slowly(mixture, scratch);
+
+  const GroupRange<T> columns(plan, sampled.base, sampled.vocab, group.index);
+  const int column = columns.begin + threadIdx.x;
+  float base_x = -INFINITY, memory_x = -INFINITY;
+  uint64_t weight[1] = {0};
+  if (column < columns.end) {
+    base_x = sampled.base_x(column);
+    memory_x = sampled.memory_x(column);
+    const DrawWeight draw(mixture, args.temperature);
+    weight[0] = whole_weight(draw.template of<kSum>(mixture, base_x, memory_x));
+  }
+  // Its columns' sum, rounded otherwise, is not quite the group's: the draw is stretched to it.
+  const double place = static_cast<double>(group.rest) / group.weight;
+  const Picked token = pick(weight, scratch, [&](uint64_t sum) {
+    return min(static_cast<uint64_t>(place * sum), sum - 1);
+  });
+  if (token.index < 0) return sampled.choose_slowly(mixture, scratch);
+  if (static_cast<int>(threadIdx.x) == token.index) {
+    args.tokens[sampled.row] = column;
+    args.log_probs[sampled.row] = mixture(base_x, memory_x);
+  }
+}
+
+// Ends a row whose groups' bounds are known, where the greatest tokens decide: all groups are read
+// again that may hold one of the k greatest.
+template <typename T, GroupSum kSum>
+__global__ void __launch_bounds__(kThreads)
+    choose_from_bounds_kernel(const __grid_constant__ InterpolateSampleArgs args,
+                              const __grid_constant__ PipelinePlan plan) {
   __shared__ ChoiceScratch scratch;
   __shared__ Candidates candidates;
   wait_for_earlier_kernels();
   const SampledRow<T, T> sampled(args, blockIdx.x);
+  const int n = group_count(plan);
+  const RowGroups groups(args, sampled.row, n);
+  float low[kEach], high[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int group = threadIdx.x * kEach + i;
+    const float2 bounds = group < n ? groups.bounds[group] : float2{0.f, 0.f};
+    low[i] = bounds.x;
+    high[i] = bounds.y;
+  }
   const Mixture mixture(row_weights(args, sampled.row), args.stats[2 * sampled.row],
                         args.stats[2 * sampled.row + 1], args.inv_temperature);
   if (!mixture.exists()) return sampled.put_nothing();
-  const int n = group_count(plan);
-  const float* groups = args.groups + sampled.row * n;
-  const auto range = [&](int group) {
-    return GroupRange<T>(plan, sampled.base, sampled.vocab, group);
-  };
-  const auto probability = [&](int i) {
-    return mixture.probability(sampled.base_x(i), sampled.memory_x(i));
-  };
-
-  if constexpr (kOf !=
-                GroupOf::kMax) {  // the group, then the token in it, that the draw falls into
-    const auto weight_of = [&](int group) { return whole_weight(groups[group]); };
-    const uint64_t total = sum_of(n, scratch, weight_of);
-    if (total == 0) return sampled.choose_slowly(mixture, scratch);
-    const Picked group = pick_at(n, __umul64hi(sampled.bits(), total), scratch, weight_of);
-    const auto columns = range(group.index);
-    const int width = columns.end - columns.begin;
-    const DrawWeight draw(mixture, args.temperature);
-    const auto weight = [&](int i) {
-      const int column = columns.begin + i;
-      return whole_weight(
-          draw.template of<kOf>(mixture, sampled.base_x(column), sampled.memory_x(column)));
-    };
-    // Its columns' sum, rounded otherwise, is not quite the group's: the draw is stretched to it.
-    const uint64_t sum = sum_of(width, scratch, weight);
-    if (sum == 0) return sampled.choose_slowly(mixture, scratch);
-    const double place = static_cast<double>(group.rest) / weight_of(group.index);
-    const auto target = min(static_cast<uint64_t>(place * sum), sum - 1);
-    return sampled.put(mixture, columns.begin + pick_at(width, target, scratch, weight).index);
-  }
-
-  const Ordering group_order(n);
-  const auto order_of = [&](int group) { return group_order(groups[group], group); };
-  uint64_t top = 0;
-  for (int i = threadIdx.x; i < n; i += kThreads) top = greater_of(top, order_of(i));
-  top = block_max(top, scratch);
-
+  const Filters filters = filters_of(args);
+  const bool greedy = filters.inv_temperature == 0.f;
+  const bool cut_by_k = filters.top_k < sampled.vocab;
   const Ordering ordering(sampled.vocab);
-  if (args.temperature == 0.f) {
-    const auto columns = range(group_order.index(top));
+  const uint64_t bits = sampled.bits();
+  double total = 0;  // of all groups, in the units of their sums
+  if constexpr (kSum == GroupSum::kPower) {
+    total = static_cast<double>(
+                sum_of(n, scratch, [&](int i) { return whole_weight(groups.sums[i]); })) *
+            0x1p-44;
+  }
+
+  for (int k = greedy ? 1 : cut_by_k ? filters.top_k : kFirstTopK;; k = kMaxTopK) {
+    // As many groups hold a token of this probability as tokens are wanted.
+    const float floor = fmaxf(floor_of_top(low, k, scratch) * (1.f - kBoundSlack), FLT_MIN);
+    if (threadIdx.x == 0) candidates.count = candidates.groups = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (high[i] * (1.f + kBoundSlack) < floor) continue;
+      candidates.group[atomicAdd(&candidates.groups, 1)] = threadIdx.x * kEach + i;
+    }
+    __syncthreads();
     uint64_t best = 0;
-    for (int i = columns.begin + threadIdx.x; i < columns.end; i += kThreads) {
-      best = greater_of(best, ordering(probability(i), i));
+    for (int g = threadIdx.x / kWarpSize; g < candidates.groups; g += kThreads / kWarpSize) {
+      const GroupRange<T> columns(plan, sampled.base, sampled.vocab, candidates.group[g]);
+      float base_x[kPack<T>], memory_x[kPack<T>];
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) {
+        const int column = columns.begin + threadIdx.x % kWarpSize + i * kWarpSize;
+        base_x[i] = column < columns.end ? sampled.base_x(column) : -INFINITY;
+        memory_x[i] = column < columns.end ? sampled.memory_x(column) : -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) {
+        const float p = mixture.probability(base_x[i], memory_x[i]);
+        if (!(p >= floor)) continue;
+        const int column = columns.begin + threadIdx.x % kWarpSize + i * kWarpSize;
+        const uint64_t order = ordering(mixture.level(base_x[i], memory_x[i]), column);
+        best = greater_of(best, order);
+        if (greedy) continue;
+        const int place = atomicAdd(&candidates.count, 1);
+        if (place < kMaxCandidates) candidates.orders[place] = order;
+      }
     }
-    return sampled.put(mixture, ordering.index(block_max(best, scratch)));
-  }
-
-  // Top-k: as many groups reach the floor as tokens are wanted, and so do at least as many tokens.
-  const uint64_t cut = find_cut(n, 1, top, args.top_k, scratch, order_of, [](int) { return 1; });
-  const float floor = fmaxf(group_order.level(cut), FLT_MIN);
-  if (threadIdx.x == 0) candidates.count = 0;
-  __syncthreads();
-  for (int group = threadIdx.x / kWarpSize; group < n; group += kThreads / kWarpSize) {
-    if (groups[group] < floor) continue;
-    const auto columns = range(group);
-    for (int i = columns.begin + threadIdx.x % kWarpSize; i < columns.end; i += kWarpSize) {
-      const float p = probability(i);
-      if (p < floor) continue;
-      const int place = atomicAdd(&candidates.count, 1);
-      if (place < kMaxCandidates) candidates.orders[place] = ordering(fast_log2(p), i);
+    best = block_max(best, scratch);
+    if (greedy) return sampled.put(mixture, ordering.index(best));
+    const int found = candidates.count;
+    if (found < k || found > kMaxCandidates) break;
+    const float top_level = ordering.level(best);
+    double all = 0;  // in units of the greatest token's weight
+    if (kSum == GroupSum::kPower) {
+      all = total / DrawWeight(mixture, args.temperature)(top_level);
+    } else {
+      all = fast_exp2(-top_level);
     }
+    const float floor_weight = fast_exp2((fast_log2(floor) - top_level) * filters.inv_temperature);
+    const int token =
+        choose_candidate(candidates, ordering, filters, all, floor_weight, bits, scratch);
+    if (token >= 0) return sampled.put(mixture, token);
+    if (cut_by_k || k == kMaxTopK) break;
   }
-  __syncthreads();
-  const int found = candidates.count;
-  if (found < args.top_k || found > kMaxCandidates) {
-    return sampled.choose_slowly(mixture, scratch);
-  }
-  const int token =
-      choose_candidate(candidates, ordering, filters_of(args), sampled.bits(), scratch);
-  sampled.put(mixture, token);
+  sampled.choose_slowly(mixture, scratch);
 }
 
-// How groups serve these filters; nothing where they do not.
-bool serves(const InterpolateSampleArgs& args, GroupOf* of) {
-  const bool cut = args.top_p < 1.f || args.min_p > 0.f;
-  if (args.temperature == 0.f || (args.top_k <= kMaxTopK && args.top_k < args.vocab)) {
-    *of = GroupOf::kMax;
-    return true;
-  }
-  *of = args.temperature == 1.f ? GroupOf::kSum : GroupOf::kPower;
-  return !cut && args.top_k >= args.vocab && args.temperature >= kLowTemperature;
-}
-
-template <typename T, GroupOf kOf>
-cudaError_t sample_by_groups(const InterpolateSampleArgs& args, int device, cudaStream_t stream,
-                             bool* done) {
-  using Job = SampleJob<T, kOf>;
+// Runs a Job over all rows and then the kernel that ends a row. False: it does not serve.
+template <typename Job, typename Ending>
+bool run_by_groups(const InterpolateSampleArgs& args, Ending ending, int device,
+                   cudaStream_t stream, cudaError_t* error) {
   const PipelinePlan plan = plan_pipeline<Job>(args.rows, args.vocab, device);
-  *done = plan.clusters > 0 && group_count(plan) <= sample_groups(args.vocab);
-  if (!*done) return cudaSuccess;
-  const cudaError_t error = launch_row_pipeline<Job>(args, plan, stream);
-  if (error != cudaSuccess) return error;
-  return launch_overlapping(end_sample_kernel<T, kOf>, args.rows, kThreads, 0, device, stream, args,
-                            plan);
+  const int groups = group_count(plan);
+  if (plan.clusters == 0 || groups > kMaxGroups ||
+      groups * kGroupFloats > sample_groups(args.vocab)) {
+    return false;
+  }
+  *error = launch_row_pipeline<Job>(args, plan, stream);
+  if (*error != cudaSuccess) return true;
+  *error = launch_overlapping(ending, args.rows, kThreads, 0, device, stream, args, plan);
+  return true;
+}
+
+template <typename T>
+bool sample_by_groups(const InterpolateSampleArgs& args, int device, cudaStream_t stream,
+                      cudaError_t* error) {
+  constexpr auto kNone = GroupSum::kNone, kPlain = GroupSum::kPlain, kPower = GroupSum::kPower;
+  const bool few = args.temperature == 0.f || args.top_k <= kMaxTopK;
+  const bool all = args.top_k >= args.vocab;
+  if (!few && !all) return false;
+  if (few || args.temperature == 1.f) {
+    if (few || args.top_p < 1.f || args.min_p > 0.f) {
+      return run_by_groups<SampleJob<T, true, kNone>>(args, choose_from_bounds_kernel<T, kNone>,
+                                                      device, stream, error);
+    }
+    return run_by_groups<SampleJob<T, false, kPlain>>(args, draw_from_sums_kernel<T, kPlain>,
+                                                      device, stream, error);
+  }
+  if (args.temperature < kLowTemperature) return false;
+  if (args.top_p < 1.f || args.min_p > 0.f) {
+    return run_by_groups<SampleJob<T, true, kPower>>(args, choose_from_bounds_kernel<T, kPower>,
+                                                     device, stream, error);
+  }
+  return run_by_groups<SampleJob<T, false, kPower>>(args, draw_from_sums_kernel<T, kPower>, device,
+                                                    stream, error);
 }
 
 }  // namespace
@@ -251,7 +338,7 @@ cudaError_t sample_by_groups(const InterpolateSampleArgs& args, int device, cuda
 int64_t sample_groups(int64_t vocab) {
   // In the worst case, float32 and 16 blocks whose last chunk is almost empty.
   const int64_t chunks = (vocab + 2 * kUnit) / kStripe<float> + 2 * kMaxClusterBlocks;
-  return chunks * kWorkerWarps;
+  return chunks * kWorkerWarps * kGroupFloats;
 }
 
 Status interpolate_sample(const InterpolateSampleArgs& args, int device, void* stream) {
@@ -260,19 +347,10 @@ Status interpolate_sample(const InterpolateSampleArgs& args, int device, void* s
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   cudaError_t error = cudaSuccess;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  GroupOf of;
-  const bool grouped = args.base.dtype == args.memory.dtype && rows_agree(args.base, args.memory) &&
-                       serves(args, &of);
+  const bool agree = args.base.dtype == args.memory.dtype && rows_agree(args.base, args.memory);
   with_dtype(args.base.dtype, [&](auto base) {
     using Base = decltype(base);
-    bool done = false;
-    if (grouped) {
-      const auto run = of == GroupOf::kMax   ? sample_by_groups<Base, GroupOf::kMax>
-                       : of == GroupOf::kSum ? sample_by_groups<Base, GroupOf::kSum>
-                                             : sample_by_groups<Base, GroupOf::kPower>;
-      error = run(args, device, cuda_stream, &done);
-    }
-    if (done || error != cudaSuccess) return;
+    if (agree && sample_by_groups<Base>(args, device, cuda_stream, &error)) return;
     with_dtype(args.memory.dtype, [&](auto memory) {
       sample_kernel<Base, decltype(memory)><<<args.rows, kWideThreads, 0, cuda_stream>>>(args);
     });
