@@ -12,11 +12,14 @@ NAMES = ("base", "memory", "joint", "kNN-LM")
 _GROUP, _CONTEXT = 64, 16
 
 
-def make_passage(
-    tokenizer: Any, tokens: list[int], log_probs: Mapping[str, np.ndarray]
-) -> dict[str, list[Any]]:
-    """``tokens`` (:func:`pieces`), and each of :data:`NAMES` that is there: its probabilities."""
-    passage: dict[str, list[Any]] = {"tokens": pieces(tokenizer, tokens)}
+def make_passage(tokens: list[str], log_probs: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """What a coloured passage shows: ``tokens``, and their probabilities in each of :data:`NAMES`.
+
+    Args:
+        tokens: of :func:`pieces`.
+        log_probs: [tokens] each, by name; other names are left out.
+    """
+    passage: dict[str, list[Any]] = {"tokens": tokens}
     for name in NAMES:
         if name in log_probs:
             chances = np.exp(log_probs[name].astype(np.float64)).tolist()

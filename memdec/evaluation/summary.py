@@ -17,7 +17,7 @@ from memdec.evaluation.bootstrap import interval, resampled_means, resampling_un
 from memdec.evaluation.contenders import GATED, KNN, Scored
 from memdec.evaluation.gate import fit_gate
 from memdec.evaluation.mixture import LMBDAS, best_lmbda, lmbda_curve, mix_log_probs
-from memdec.evaluation.passage import make_passage
+from memdec.evaluation.passage import make_passage, pieces
 from memdec.modeling.gate import Gate
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def summarise(
     }
     head = {name: values[:_PASSAGE_TOKENS] for name, values in log_probs.items()}
     # Not chosen by hand: the first tokens of the split.
-    passage = make_passage(corpus.tokenizer(), labels[:_PASSAGE_TOKENS].tolist(), head)
-    return results, passage
+    tokens = pieces(corpus.tokenizer(), labels[:_PASSAGE_TOKENS].tolist())
+    return results, make_passage(tokens, head)
 
 
 def _fitted_gate(scored: Mapping[str, Scored]) -> Gate:
