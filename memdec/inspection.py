@@ -152,7 +152,7 @@ def _score(
     """Log-probabilities, float64 [positions] a row of the table, and the lmbda of each position."""
     import torch
 
-    from memdec.evaluation.forward import label_scores
+    from memdec.evaluation.forward import check_model, label_scores
     from memdec.evaluation.mixture import mix_log_probs
     from memdec.evaluation.overlap import score_overlapping
     from memdec.modeling.gate import Gate
@@ -162,6 +162,8 @@ def _score(
     )
     stride = config.stride or max(block_size // 2, 1)
     require(stride <= block_size, "stride", f"at most {block_size}, the block_size", stride)
+    for model in (joint.base, joint.memory):  # a short text would not say so
+        check_model(model, block_size, joint.config.tokenizer_size)
     options = {"batch_blocks": 1, "vocab_size": joint.config.tokenizer_size}
 
     def scored(model: PreTrainedModel) -> tuple[np.ndarray, torch.Tensor]:

@@ -90,7 +90,7 @@ def test_the_numbers_are_those_of_the_models(inspect, tiny, build):
 
 def test_the_table_has_a_row_for_each_token(inspect):
     result, found = inspect()
-    rows = re.findall(r"^ *(\d+) (\S+) .* ([+-]\d\.\d\d) *$", result.stdout, flags=re.MULTILINE)
+    rows = re.findall(r"^ *(\d+) +(\S+) .* ([+-]\d\.\d\d) *$", result.stdout, flags=re.MULTILINE)
     change = np.subtract(found["log_probs"]["joint"], found["log_probs"]["base"])
     assert [int(row[0]) for row in rows] == list(range(len(change)))
     assert [row[1].strip("␣") for row in rows] == [token.strip() for token in found["tokens"]]
@@ -186,7 +186,7 @@ def test_top_lists_the_largest_gains_and_losses(inspect, tmp_path):
     order = np.argsort(change).tolist()
     losses = [index for index in order if change[index] < 0][:2]
     expected = [*reversed(order[-2:]), *losses]
-    shown = re.findall(r"^ *(\d+) \S+ .*[+-]\d+\.\d\d *$", result.stdout, flags=re.MULTILINE)
+    shown = re.findall(r"^ *(\d+) +\S+ .*[+-]\d+\.\d\d *$", result.stdout, flags=re.MULTILINE)
     assert list(map(int, shown)) == expected
     page = (tmp_path / "page.html").read_text()
     assert list(map(int, re.findall(r"<tr><td>(\d+)</td>", page))) == expected
@@ -264,12 +264,8 @@ def test_bad_texts_are_refused(inspect, tmp_path, content, message):
 def test_models_that_do_not_go_together_are_refused(inspect, tiny, build, tmp_path):
     other = tiny.save_other_model(tmp_path / "other")
     stages = {"datastore": tiny.datastore, "targets": tiny.targets}
-    for arguments, message in [
-        ((*("--lmbda", "adaptive"),), "was made with base"),
-        ((*("--lmbda", 0.5),), ""),
-    ]:
-        result, _ = inspect(*arguments, base=other)
-        assert (result.exit_code, message in result.stderr) == (bool(message), True)
+    result, _ = inspect("--lmbda", "adaptive", base=other)
+    assert "was made with base" in result.stderr
     result, _ = inspect(**stages, base=other)
     assert "datastore was made with model" in result.stderr
     result, _ = inspect("--teacher", other, **stages)
