@@ -218,8 +218,8 @@ class _KnnLm:
         self.teacher: Any = joint.base
         if teacher != config.base:
             if has_tokenizer(teacher):
-                tokenizers = joint.tokenizer, load_tokenizer(teacher)
-                compare_tokenizers(*tokenizers, ("the base", "the teacher"))
+                own: Any = joint.tokenizer
+                compare_tokenizers(own, load_tokenizer(teacher), ("the base", "the teacher"))
             self.teacher = load_model(teacher, device=joint.device, dtype=config.dtype)
 
     def __call__(self, stream: TokenStream, block_size: int, **options: Any) -> np.ndarray:
