@@ -184,7 +184,9 @@ class _Estimator:
             searching, host, searching_device = self._searching(held_out)
             seconds += searching + self._forward_seconds(self.teacher, held_out, config.dtype)
             device += searching_device
-        return self._need("eval", 4 * held_out * (len(models) + 2), host, device, seconds)
+        # A score of each model and of the kNN-LM; two numbers of confidence of base and of memory.
+        numbers = len(models) + 1 + 4
+        return self._need("eval", 4 * held_out * numbers, host, device, seconds)
 
     def _searching(self, queries: int) -> tuple[float, int, int]:
         """Seconds, bytes on the host and bytes on the device of a search."""

@@ -86,7 +86,7 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
     from memdec.modeling.loading import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(config.tokenizer)
-    separator = _separator_id(tokenizer, config.separator_id)
+    separator = separator_id(tokenizer, config.separator_id)
     if config.corpus is not None:
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:
@@ -151,7 +151,12 @@ def _write(
     )
 
 
-def _separator_id(tokenizer: Any, given: int | None) -> int:
+def separator_id(tokenizer: Any, given: int | None) -> int:
+    """The id given, or that of the tokenizer's eos, bos or pad token.
+
+    Raises:
+        MemdecError: it has none of them, or no token of the id given.
+    """
     if given is not None:
         require(0 <= given < len(tokenizer), "separator_id", f"in [0, {len(tokenizer)})", given)
         return given

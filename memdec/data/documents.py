@@ -81,7 +81,7 @@ def read_corpus(corpus: Path, unit: DocumentUnit, text_field: str) -> Iterator[s
             the text field.
     """
     for path in text_files(corpus):
-        text = _read_text(path)
+        text = decode_text(path.read_bytes(), path)
         if path.suffix.lower() == ".jsonl":
             yield from _json_lines(path, text, text_field)
         elif unit == "file":
@@ -153,14 +153,18 @@ def _first_time(paragraph: str, seen: set[bytes]) -> bool:
     return True
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
+def decode_text(content: bytes, source: Path | str) -> str:
+    """The text of a file, its line ends as ``\\n``.
+
+    Raises:
+        MemdecError: a NUL byte, or not UTF-8; the message names `source`.
+    """
     if b"\0" in content:
-        raise MemdecError(f"{path} is not text: it holds a NUL byte at {content.index(0):,}")
+        raise MemdecError(f"{source} is not text: it holds a NUL byte at {content.index(0):,}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MemdecError(f"{path} is not UTF-8 text: bad byte at {error.start:,}") from None
+        raise MemdecError(f"{source} is not UTF-8 text: bad byte at {error.start:,}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
