@@ -91,10 +91,14 @@ def _summary(inspection: Inspection) -> str:
 
 
 def _visible(token: str) -> str:
-    """White space and control characters as signs: a text may hold what a terminal obeys."""
+    """White space and control characters as signs: a text may hold what a terminal obeys.
+
+    A token that is but a part of a character is three dots.
+    """
     signs = {" ": "␣", "\n": "↵"}
-    return "".join(
+    shown = (
         signs.get(letter)
         or (letter if letter.isprintable() else letter.encode("unicode_escape").decode())
         for letter in token
     )
+    return "".join(shown) or "…"

@@ -206,7 +206,7 @@ def test_the_page_is_one_file_with_every_number(inspect, tmp_path):
             assert f"<td>{100 * np.exp(score):.3g} %</td>" in page
 
 
-def test_whatever_a_token_holds_is_escaped(tmp_path, capsys):
+def test_whatever_a_token_holds_is_escaped(tmp_path):
     tokens = ["<script>alert('x')</script>", ' "quoted"', "&amp;", "\x1b[31m", "\n", ""]
     scores = {name: np.full(6, -1.0) for name in ("base", "memory")}
     scores["joint"] = np.array([-1.0, -4.5, -0.5, -1.0, -1.05, -np.inf])
@@ -217,6 +217,7 @@ def test_whatever_a_token_holds_is_escaped(tmp_path, capsys):
     assert "\x1b" not in re.sub(r'<p class="passage">.*?</p>', "", page, flags=re.DOTALL)
     assert page.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;") == 2
     assert page.count("&amp;amp;") == 2
+    assert re.findall(r'<td class="left">(.*?)</td>', page)[3:] == ["\\x1b[31m", "↵", "…"]
     passage = re.search(r'<p class="passage">(.*?)</p>', page, flags=re.DOTALL)[1]
     spans = re.findall(r"<span (.*?) title=", passage)
     lost = [index for index, span in enumerate(spans) if "less" in span]
