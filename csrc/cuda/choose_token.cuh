@@ -183,6 +183,22 @@ __device__ inline float floor_of_top(const float (&values)[kEach], int k, Choice
   return __uint_as_float(floor);
 }
 
+// Calls f(i, level(i)) for the things of this thread; several levels are looked up at a time.
+template <typename Level, typename F>
+__device__ inline void for_each_level(int n, const Level& level, F&& f) {
+  constexpr int kTogether = 8;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int first = threadIdx.x; first < n; first += kTogether * threads) {
+    float levels[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) levels[t] = level(min(first + t * threads, n - 1));
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      if (first + t * threads < n) f(first + t * threads, levels[t]);
+    }
+  }
+}
+
 // Where a thing stands when things are ordered, and its weight.
 struct Placed {
   uint64_t order;
@@ -192,20 +208,21 @@ struct Placed {
 // The lowest number that is kept when things are kept in falling order until their weights reach
 // `wanted`: the greatest number, from `low` to `top`, for which the weights of all things whose
 // order is not below it reach `wanted`; `low` if none does.
-template <typename PlaceOf>
+template <typename Level, typename PlaceOf>
 __device__ inline uint64_t find_cut(int n, uint64_t low, uint64_t top, uint64_t wanted,
-                                    ChoiceScratch& scratch, PlaceOf&& place_of) {
+                                    ChoiceScratch& scratch, const Level& level,
+                                    PlaceOf&& place_of) {
   uint64_t high = top + 1;
   while (high - low > 1) {
     const uint64_t step = greater_of(1, (high - low) / (kCuts + 1));
     uint64_t reached[kCuts] = {};
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const Placed thing = place_of(i);
+    for_each_level(n, level, [&](int i, float x) {
+      const Placed thing = place_of(i, x);
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) {
         if (thing.order >= low + (cut + 1) * step) reached[cut] += thing.weight;
       }
-    }
+    });
     block_sums(reached, scratch);
     // reached[] falls: the last that suffices is the new `low`, the next one the new `high`.
     const uint64_t from = low;
@@ -259,44 +276,48 @@ __device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
                                    ChoiceScratch& scratch, const Level& level) {
   const Ordering ordering(n);
   uint64_t top = 0;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    top = greater_of(top, ordering(level(i), i));
-  }
+  for_each_level(n, level, [&](int i, float x) { top = greater_of(top, ordering(x, i)); });
   top = block_max(top, scratch);
   if (filters.inv_temperature == 0.f) return ordering.index(top);
   const float top_level = ordering.level(top);
   uint64_t cut = 1;
-  const auto place_of = [&](int i) -> Placed {
-    const float x = level(i);
+  const auto place_of = [&](int i, float x) -> Placed {
     const float weight = fast_exp2((x - top_level) * filters.inv_temperature);
     const uint64_t order = ordering(x, i);
     return {order, order >= cut ? whole_weight(weight) : 0};
   };
+  const auto sum = [&](const auto& place_of) {
+    uint64_t sums[1] = {0};
+    for_each_level(n, level, [&](int i, float x) { sums[0] += place_of(i, x).weight; });
+    block_sums(sums, scratch);
+    return sums[0];
+  };
   if (filters.top_k < n) {
-    cut = find_cut(n, cut, top, filters.top_k, scratch,
-                   [&](int i) -> Placed { return {ordering(level(i), i), 1}; });
+    cut = find_cut(n, cut, top, filters.top_k, scratch, level,
+                   [&](int i, float x) -> Placed { return {ordering(x, i), 1}; });
   }
   if (filters.top_p < 1.f) {
-    const uint64_t total = sum_of(n, scratch, [&](int i) { return place_of(i).weight; });
-    const auto wanted = static_cast<uint64_t>(ceil(static_cast<double>(filters.top_p) * total));
-    cut = find_cut(n, cut, top, greater_of(1, wanted), scratch, place_of);
+    const double nucleus = ceil(static_cast<double>(filters.top_p) * sum(place_of));
+    const uint64_t wanted = greater_of(1, static_cast<uint64_t>(nucleus));
+    cut = find_cut(n, cut, top, wanted, scratch, level, place_of);
   }
-  const auto kept = [&](int i) -> Placed {
-    const Placed thing = place_of(i);
-    const bool enough = thing.weight >= static_cast<uint64_t>(filters.min_p * 0x1p44f);
-    return {thing.order, enough ? thing.weight : 0};
+  const auto least = static_cast<uint64_t>(filters.min_p * 0x1p44f);
+  const auto kept = [&](int i, float x) -> Placed {
+    const Placed thing = place_of(i, x);
+    return {thing.order, thing.weight >= least ? thing.weight : 0};
   };
-  const auto weight = [&](int i) { return kept(i).weight; };
   const auto target_of = [&](uint64_t total) { return __umul64hi(bits, total); };
-  if (filters.none(n)) return pick_of(n, scratch, weight, target_of);
-  const uint64_t target = target_of(sum_of(n, scratch, weight));
-  const uint64_t drawn = find_cut(n, cut, top, target + 1, scratch, kept);
+  if (filters.none(n)) {
+    return pick_of(n, scratch, [&](int i) { return kept(i, level(i)).weight; }, target_of);
+  }
+  const uint64_t target = target_of(sum(kept));
+  const uint64_t drawn = find_cut(n, cut, top, target + 1, scratch, level, kept);
   // The last token that is needed to pass the target.
   uint64_t lowest = 0;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    const Placed thing = kept(i);
+  for_each_level(n, level, [&](int i, float x) {
+    const Placed thing = kept(i, x);
     if (thing.order >= drawn && thing.weight > 0) lowest = greater_of(lowest, ~thing.order);
-  }
+  });
   return ordering.index(~block_max(lowest, scratch));
 }
 

@@ -14,8 +14,9 @@
 namespace memdec::cuda {
 namespace {
 
-constexpr int kThreads = 256;  // of the block that ends a row
-constexpr int kEach = 8;       // groups that each of them looks at
+constexpr int kThreads = 256;     // of the block that ends a row
+constexpr int kEndingBlocks = 4;  // of them on a multiprocessor: they wait for memory
+constexpr int kEach = 8;          // groups that each of them looks at
 constexpr int kMaxGroups = kThreads * kEach;
 constexpr int kWideThreads = 512;  // of the block that does all of a row
 constexpr int kMaxCandidates = 2048;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kWideThreads) sample_kernel(InterpolateSampleA
 // is room for are counted, not kept.
 struct Candidates {
   int groups;  // how many of `group` are in use
-  int group[kMaxGroups];
+  uint16_t group[kMaxGroups];
   int count;
   uint64_t orders[kMaxCandidates];
 };
@@ -160,7 +161,7 @@ __device__ inline int choose_candidate(Candidates& candidates, const Ordering& o
 // Ends a row whose groups' sums are known: the group, then the token in it, that the draw falls
 // into.
 template <typename T, GroupSum kSum>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kEndingBlocks)
     draw_from_sums_kernel(const __grid_constant__ InterpolateSampleArgs args,
                           const __grid_constant__ PipelinePlan plan) {
   static_assert(kGroupColumns<T> <= kThreads, "a thread takes a column of the group");
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
 // Ends a row whose groups' bounds are known, where the greatest tokens decide: all groups are read
 // again that may hold one of the k greatest.
 template <typename T, GroupSum kSum>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kEndingBlocks)
     choose_from_bounds_kernel(const __grid_constant__ InterpolateSampleArgs args,
                               const __grid_constant__ PipelinePlan plan) {
   __shared__ ChoiceScratch scratch;
@@ -248,7 +249,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (high[i] * (1.f + kBoundSlack) < floor) continue;
-      candidates.group[atomicAdd(&candidates.groups, 1)] = threadIdx.x * kEach + i;
+      const int place = atomicAdd(&candidates.groups, 1);
+      candidates.group[place] = static_cast<uint16_t>(threadIdx.x * kEach + i);
     }
     __syncthreads();
     uint64_t best = 0;
