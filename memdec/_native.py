@@ -14,6 +14,9 @@ try:
 except ImportError as error:  # never fatal: the first op that runs without it says why
     _import_error = str(error)
 
+# From here on a result's page faults cost more than the advice, and a huge page is not mostly unused.
+_HUGE_RESULT_BYTES = 4 * 2**20
+
 _in_use: dict[str, ModuleType | None] = {}
 _said: set[str] = set()
 
@@ -78,3 +81,9 @@ def launch_on(device: torch.device) -> tuple[int, int]:
         return -1, torch.get_num_threads()
     # The raw handle: torch.cuda.current_stream() builds an object, which costs more than a launch.
     return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Asks the system for huge pages behind a large new CPU tensor, before it is first written."""
+    if _C is not None and tensor.nbytes >= _HUGE_RESULT_BYTES:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
