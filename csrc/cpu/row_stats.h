@@ -17,8 +17,8 @@ struct ExpSum {
   double tail = 0;        // sum of exp((x - max) * inv_temperature) where x < max; NaN if any x is
 };
 
-// `kept` gets the exponentials unless it is null.
-template <DType kType, bool kHasMax, bool kKeep>
+// `kept` gets the exponentials where kKeep; inv_temperature counts where kScaled.
+template <DType kType, bool kScaled, bool kKeep, bool kHasMax>
 inline void add_block(const char* x, int64_t n, float max, float inv_temperature,
                       const char* upcoming, float* kept, ExpSum& sum) {
   Vec tail = {};
@@ -26,7 +26,7 @@ inline void add_block(const char* x, int64_t n, float max, float inv_temperature
   for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
     __builtin_prefetch(upcoming + i * kElementSize<kType>);
     const Vec value = load_as<kType>(x, i, lanes, -kInfinity);
-    const Vec term = vec_exp((value - max) * inv_temperature);
+    const Vec term = vec_exp(kScaled ? (value - max) * inv_temperature : value - max);
     if constexpr (kKeep) store(kept + i, term, lanes);
     if constexpr (kHasMax) {
       const IntVec is_max = value == max;
@@ -59,7 +59,7 @@ inline float block_max(const char* x, int64_t n) {
   return horizontal_max(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
 }
 
-template <DType kType, bool kKeep>
+template <DType kType, bool kScaled, bool kKeep>
 inline ExpSum measure_columns(const char* x, int64_t n, float inv_temperature, float* kept) {
   ExpSum sum;
   float maxima[kChunk / kBlock];
@@ -75,8 +75,8 @@ inline ExpSum measure_columns(const char* x, int64_t n, float inv_temperature, f
     // Finding the maximum waits for memory, the sum does not and can fetch the next chunk. That may
     // lie beyond the row: it is never read.
     const char* upcoming = block + kChunk * kElementSize<kType>;
-    const auto add = maxima[from / kBlock] == sum.max ? add_block<kType, true, kKeep>
-                                                      : add_block<kType, false, kKeep>;
+    const auto add = maxima[from / kBlock] == sum.max ? add_block<kType, kScaled, kKeep, true>
+                                                      : add_block<kType, kScaled, kKeep, false>;
     add(block, count, sum.max, inv_temperature, upcoming, kKeep ? kept + from : nullptr, sum);
   }
   return sum;
@@ -89,8 +89,11 @@ inline ExpSum measure_exp_sum(const RowsView& view, int64_t row, int64_t begin, 
   const char* x = row_address(view, row) + begin * element_size(view.dtype);
   ExpSum sum = with_dtype(view.dtype, [&](auto type) {
     constexpr DType kType = decltype(type)::kType;
-    const auto measure =
-        kept != nullptr ? measure_columns<kType, true> : measure_columns<kType, false>;
+    const auto plain = kept != nullptr ? measure_columns<kType, false, true>
+                                       : measure_columns<kType, false, false>;
+    const auto scaled =
+        kept != nullptr ? measure_columns<kType, true, true> : measure_columns<kType, true, false>;
+    const auto measure = inv_temperature == 1.f ? plain : scaled;
     return measure(x, end - begin, inv_temperature, kept);
   });
   sum.max_chunk = begin;

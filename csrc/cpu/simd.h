@@ -133,7 +133,11 @@ MEMDEC_INLINE Vec vec_exp(Vec x) {
   // exponent's bias is added with it.
   const Vec shifted = x * 1.44269504f + (12582912.f + 127.f);
   const Vec n = shifted - (12582912.f + 127.f);
+#if defined(__FMA__)
+  const Vec r = x - n * 0.693147182f;  // off by 2e-9 n, far less than the rounding of x
+#else
   const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+#endif
   // Minimax on |r| <= ln(2) / 2, relative error 9.2e-8.
   Vec mantissa = r * 0.008290272f + 0.04189816f;
   mantissa = mantissa * r + 0.16667638f;
