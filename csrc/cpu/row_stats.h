@@ -17,15 +17,33 @@ struct ExpSum {
   double tail = 0;        // sum of exp((x - max) * inv_temperature) where x < max; NaN if any x is
 };
 
-// `kept` gets the exponentials where kKeep; inv_temperature counts where kScaled.
-template <DType kType, bool kScaled, bool kKeep, bool kHasMax>
-inline void add_block(const char* x, int64_t n, float max, float inv_temperature,
+// The maximum; numbers that are not float32 go to `wide` as such.
+template <DType kType>
+inline float block_max(const char* x, int64_t n, float* wide) {
+  Vec max[4] = {splat(-kLargest), splat(-kLargest), splat(-kLargest), splat(-kLargest)};
+  const auto join = [&](Vec& joined, int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+    const Vec value = load_as<kType>(x, i, lanes, -kInfinity);
+    if constexpr (kType != DType::kFloat32) store(wide + i, value, lanes);
+    joined = vec_max(value, joined);  // NaN is lost here and found by the sum
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) join(max[j], i + j * kLanes, kLanes);
+  }
+  for (; i < n; i += kLanes) join(max[0], i, static_cast<int>(smaller<int64_t>(kLanes, n - i)));
+  return horizontal_max(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
+}
+
+// `kept` gets the exponentials where kKeep, and may be x; inv_temperature counts where kScaled.
+// `upcoming` is fetched into the cache, kBytes a column.
+template <int kBytes, bool kScaled, bool kKeep, bool kHasMax>
+inline void add_block(const float* x, int64_t n, float max, float inv_temperature,
                       const char* upcoming, float* kept, ExpSum& sum) {
   Vec tail = {};
   IntVec max_lanes = {};
   for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-    __builtin_prefetch(upcoming + i * kElementSize<kType>);
-    const Vec value = load_as<kType>(x, i, lanes, -kInfinity);
+    __builtin_prefetch(upcoming + i * kBytes);
+    const Vec value = load(x + i, lanes, -kInfinity);
     const Vec term = vec_exp(kScaled ? (value - max) * inv_temperature : value - max);
     if constexpr (kKeep) store(kept + i, term, lanes);
     if constexpr (kHasMax) {
@@ -42,42 +60,28 @@ inline void add_block(const char* x, int64_t n, float max, float inv_temperature
   }
 }
 
-template <DType kType>
-inline float block_max(const char* x, int64_t n) {
-  Vec max[4] = {splat(-kLargest), splat(-kLargest), splat(-kLargest), splat(-kLargest)};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      // NaN is lost here and found by the sum.
-      max[j] = vec_max(load_as<kType>(x, i + j * kLanes, kLanes), max[j]);
-    }
-  }
-  x += i * kElementSize<kType>;
-  for_each_vector(n - i, [&](int64_t rest, int lanes) MEMDEC_VECTOR_BODY {
-    max[0] = vec_max(load_as<kType>(x, rest, lanes, -kInfinity), max[0]);
-  });
-  return horizontal_max(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
-}
-
 template <DType kType, bool kScaled, bool kKeep>
 inline ExpSum measure_columns(const char* x, int64_t n, float inv_temperature, float* kept) {
+  constexpr int kBytes = kElementSize<kType>;
   ExpSum sum;
+  ChunkBuffer buffer;
+  float* const wide = kKeep ? kept : buffer.values;
   float maxima[kChunk / kBlock];
   for (int64_t from = 0; from < n; from += kBlock) {
-    const char* block = x + from * kElementSize<kType>;
-    const float max = block_max<kType>(block, smaller(kBlock, n - from));
+    const float max = block_max<kType>(x + from * kBytes, smaller(kBlock, n - from), wide + from);
     maxima[from / kBlock] = max;
     sum.max = larger(sum.max, max);
   }
+  const float* values = kType == DType::kFloat32 ? reinterpret_cast<const float*>(x) : wide;
   for (int64_t from = 0; from < n; from += kBlock) {
     const int64_t count = smaller(kBlock, n - from);
-    const char* block = x + from * kElementSize<kType>;
     // Finding the maximum waits for memory, the sum does not and can fetch the next chunk. That may
     // lie beyond the row: it is never read.
-    const char* upcoming = block + kChunk * kElementSize<kType>;
-    const auto add = maxima[from / kBlock] == sum.max ? add_block<kType, kScaled, kKeep, true>
-                                                      : add_block<kType, kScaled, kKeep, false>;
-    add(block, count, sum.max, inv_temperature, upcoming, kKeep ? kept + from : nullptr, sum);
+    const char* upcoming = x + (from + kChunk) * kBytes;
+    const auto add = maxima[from / kBlock] == sum.max ? add_block<kBytes, kScaled, kKeep, true>
+                                                      : add_block<kBytes, kScaled, kKeep, false>;
+    add(values + from, count, sum.max, inv_temperature, upcoming, kKeep ? kept + from : nullptr,
+        sum);
   }
   return sum;
 }
