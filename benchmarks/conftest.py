@@ -142,8 +142,8 @@ class Contest:
             another: makes `run` over new buffers. Given for calls so short that CUDA events would
                 time their launch: on CUDA the time is then that of a graph of many such calls,
                 over more memory than the cache holds, divided by their number.
-            goal: what a contender shall reach on CUDA, as table.py reads it: "share" of the floor,
-                "seconds", and so on.
+            goal: what memdec shall reach on this device, as table.py reads it: "share" of the floor,
+                "seconds", "times_eager", "times_dense", and so on.
             bandwidth: what the floor's bytes move at; by default that of a copy.
         """
         check(run())
@@ -164,7 +164,7 @@ class Contest:
             else:
                 extra["device_seconds"] = _seconds_in_graph(another, floor_bytes)
         extra.update(op=op, case=case, contender=contender, floor_bytes=floor_bytes)
-        if self.device == "cuda" and contender.startswith("memdec") and goal:
+        if contender.startswith("memdec") and goal:
             extra["goal"] = goal
         extra["bandwidth"] = bandwidth or self.copy_bandwidth
 
