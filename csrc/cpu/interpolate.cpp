@@ -83,12 +83,13 @@ struct Forward {
       partial.base =
           measure_exp_sum(args.base, state.row, begin, base_end, 1.f, keep ? kept : nullptr);
     }
-    kept += base_end - begin;
+    kept += larger<int64_t>(0, base_end - begin);
     const int64_t memory_end = smaller(end, memory_limit(args));
     if (state.memory.used && begin < memory_end) {
       partial.memory = measure_exp_sum(args.memory, state.row, begin, memory_end,
                                        args.inv_temperature, keep ? kept : nullptr);
     }
+    // What the memory lacks.
     for (int64_t column = larger(begin, memory_end); keep && column < base_end; ++column) {
       kept[column - begin] = 0.f;
     }
