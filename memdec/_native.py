@@ -14,9 +14,6 @@ try:
 except ImportError as error:  # never fatal: the first op that runs without it says why
     _import_error = str(error)
 
-# From here on a result's page faults cost more than the advice, and a huge page is not mostly unused.
-_HUGE_RESULT_BYTES = 4 * 2**20
-
 _in_use: dict[str, ModuleType | None] = {}
 _said: set[str] = set()
 
@@ -85,5 +82,5 @@ def launch_on(device: torch.device) -> tuple[int, int]:
 
 def advise_huge_pages(tensor: torch.Tensor) -> None:
     """Asks the system for huge pages behind a large new CPU tensor, before it is first written."""
-    if _C is not None and tensor.nbytes >= _HUGE_RESULT_BYTES:
+    if _C is not None:
         _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
