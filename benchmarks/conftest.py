@@ -21,6 +21,7 @@ import torch
 from sources import kernel_sources_sha256
 
 import memdec
+from memdec import _native
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -198,6 +199,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         memdec=memdec.__version__,
         kernel_sources=kernel_sources_sha256("cuda" if on_cuda else "cpu"),
     )
+    if not on_cuda and _native.kernels_for("cpu") is not None:
+        machine_info["simd"] = _native._C.simd_level()
 
 
 def pytest_benchmark_update_json(

@@ -45,10 +45,11 @@ def table(path: Path) -> str:
     contenders = ["dense eager", "eager", "compiled", "memdec"]
     used = [name for name in contenders if any(name in case for case in cases.values())]
     current = {kernel_sources_sha256("cpu"), kernel_sources_sha256("cuda")}
+    simd = f" at level {machine['simd']}" if "simd" in machine else ""
     state = "as they are now" if machine["kernel_sources"] in current else "changed since"
     lines = [
         f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['threads']} threads, kernels {machine['kernel_sources']}, {state}. Medians, cold "
+        f"{machine['threads']} threads{simd}, kernels {machine['kernel_sources']}, {state}. Medians, cold "
         "cache.",
         "",
         "| op | case | " + " | ".join(used) + " | memdec: share of the floor | against eager |",
