@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="blocks a step")
     parser.add_argument("--entries", type=int, default=64, help="entries of a target row")
     parser.add_argument("--steps", type=int, default=60, help="timed steps")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read the batches")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read the batches")
     parser.add_argument(
         "--compile",
         choices=["no", "yes", "both"],
@@ -190,7 +190,9 @@ def measure(
                     manifest=json.loads((folder / "manifest.json").read_text()),
                     file=lambda name: folder / name,
                 )
-                targets = StoredTargets(TargetStore(artefact))
+                targets = StoredTargets(
+                    TargetStore(artefact), pin_memory=on_gpu and not options.workers
+                )
             trainer = BlockTrainer(
                 model,
                 arguments,

@@ -432,11 +432,15 @@ class TargetStore:
         """What divided the squared distances, given or chosen."""
         return float(self.artefact.manifest["temperature"])
 
-    def gather(self, positions: np.ndarray) -> TargetRows:
+    def gather(self, positions: np.ndarray, *, pin_memory: bool = False) -> TargetRows:
         """Rows of the given train positions, int64 [n], in that order; one copy for each run of them.
 
         The positions and labels returned are those that were stored with the rows, for the caller
         to compare with the batch they are meant for.
+
+        Args:
+            pin_memory: entries are copied straight into pinned memory, which torch keeps and gives out
+                again; new memory for megabytes of them a batch is thousands of page faults.
 
         Raises:
             IndexError: a position outside [0, len(store)).
@@ -449,21 +453,24 @@ class TargetStore:
             found = self.gather_neighbours(positions)
             targets = found.neighbours.to_targets(self.temperature).compact()
             return TargetRows(targets, found.positions, found.labels)
-        names = ["token_ids", "probs", "position", "label"]
-        if "dropped_mass" in self.artefact.manifest["dtypes"]:
-            names.append("dropped_mass")
         # Begun with empty arrays of the right dtypes: there may be no position.
-        shard = self.shard(0)
+        parts = [{name: array[:0] for name, array in self.shard(0).items() if name != "indptr"}]
         lengths = [np.empty(0, np.int64)]
-        parts = {name: [shard[name][:0]] for name in names}
         for number, rows in self._runs(positions):
             shard = self.shard(number)
             indptr = shard["indptr"][rows.start : rows.stop + 1]
             lengths.append(np.diff(indptr))
-            for name in names:
-                slots = slice(indptr[0], indptr[-1]) if name in ("token_ids", "probs") else rows
-                parts[name].append(shard[name][slots])
-        joined = {name: torch.from_numpy(np.concatenate(parts[name])) for name in names}
+            entries = slice(indptr[0], indptr[-1])
+            places = {
+                name: entries if name in ("token_ids", "probs") else rows for name in parts[0]
+            }
+            parts.append({name: shard[name][place] for name, place in places.items()})
+        joined = {}
+        for name in parts[0]:
+            arrays = [part[name] for part in parts]
+            dtype = torch.from_numpy(arrays[0][:0].copy()).dtype
+            joined[name] = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=pin_memory)
+            np.concatenate(arrays, out=joined[name].numpy())
         targets = SparseTargets(
             torch.from_numpy(np.concatenate([[0], np.cumsum(np.concatenate(lengths))])),
             joined["token_ids"],

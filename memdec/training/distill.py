@@ -163,11 +163,13 @@ def _batch_targets(
     config: TrainConfig, store: TargetStore
 ) -> tuple[BatchTargets, dict[str, float | int | None]]:
     """Where the target rows come from, and what was chosen for them, for the manifest."""
+    from memdec.modeling.loading import pick_device
     from memdec.training.batch_targets import StoredNeighbours, StoredTargets
 
     config.check_kept(store.k if store.keeps_neighbours else None)
     if not store.keeps_neighbours:
-        return StoredTargets(store), {}
+        on_gpu = pick_device(config.device).type == "cuda"
+        return StoredTargets(store, pin_memory=on_gpu), {}
     neighbours = StoredNeighbours(
         store,
         k=config.k or store.k,

@@ -178,10 +178,7 @@ def _train(
         log_level="error",
         disable_tqdm=True,
         remove_unused_columns=False,
-        # Batches are read and sent while the GPU works on those before, by processes of their own: the
-        # one that launches kernels has no time for it.
-        dataloader_num_workers=2 if on_gpu else 0,
-        dataloader_persistent_workers=on_gpu,
+        # A batch is read and sent while the GPU works on the one before.
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},
         use_cpu=device.type == "cpu",
