@@ -27,8 +27,15 @@ struct Picked {
   uint64_t weight;
 };
 
-// Shared memory of the functions below; free again when one returns.
+constexpr int kBins = 1024;            // of weights, by their logarithm
+constexpr float kBinsAnOctave = 32.f;  // so that a bin holds few of many tokens
+constexpr int kMaxCandidates = 2048;
+
+// Shared memory of the functions below; free again when one returns, but for the candidates.
 struct ChoiceScratch {
+  uint64_t bins[kBins];
+  uint64_t candidates[kMaxCandidates];  // orders (Ordering) of some tokens
+  int count;                            // of candidates: more than there is room for are not kept
   uint64_t values[kMaxWarps][kCuts];
   int counts[2][kMaxWarps];
   Picked result;
@@ -128,26 +135,29 @@ __device__ inline Picked pick(const uint64_t (&weights)[kEach], ChoiceScratch& s
 
 // The same for n weights that the threads look up.
 template <typename Weight, typename Target>
-__device__ inline int pick_of(int n, ChoiceScratch& scratch, Weight&& weight, Target&& target_of) {
+__device__ inline Picked pick_of(int n, ChoiceScratch& scratch, Weight&& weight,
+                                 Target&& target_of) {
   const int threads = static_cast<int>(blockDim.x);
   const int each = (n + threads - 1) / threads;
   const int first = min(n, static_cast<int>(threadIdx.x) * each), end = min(n, first + each);
   uint64_t sums[1] = {0};
   for (int i = first; i < end; ++i) sums[0] += weight(i);
-  const Picked picked = pick(sums, scratch, target_of);
-  if (static_cast<int>(threadIdx.x) == picked.index) {
+  const Picked share = pick(sums, scratch, target_of);  // the thread's
+  if (static_cast<int>(threadIdx.x) == share.index) {
     uint64_t before = 0;
-    int i = first;
-    for (; i < end - 1; ++i) {
-      before += weight(i);
-      if (picked.rest < before) break;
+    for (int i = first; i < end; ++i) {
+      const uint64_t of_thing = weight(i);
+      if (share.rest < before + of_thing) {
+        scratch.result = {i, share.rest - before, of_thing};
+        break;
+      }
+      before += of_thing;
     }
-    scratch.result.index = i;
   }
   __syncthreads();
-  const int index = picked.index < 0 ? -1 : scratch.result.index;
+  const Picked picked = share.index < 0 ? share : scratch.result;
   __syncthreads();
-  return index;
+  return picked;
 }
 
 // The sum of n weights.
@@ -268,6 +278,83 @@ struct Ordering {
   }
 };
 
+// Sorts the candidates, falling; by the whole block, which has put them there.
+__device__ inline void sort_candidates(ChoiceScratch& scratch) {
+  uint64_t* orders = scratch.candidates;
+  int size = 2;
+  while (size < scratch.count) size *= 2;
+  for (int i = scratch.count + threadIdx.x; i < size; i += blockDim.x) orders[i] = 0;
+  __syncthreads();
+  for (int width = 2; width <= size; width *= 2) {
+    for (int distance = width / 2; distance > 0; distance /= 2) {
+      for (int i = threadIdx.x; i < size / 2; i += blockDim.x) {
+        const int low = 2 * i - (i & (distance - 1)), high = low + distance;
+        const uint64_t a = orders[low], b = orders[high];
+        const bool falling = (low & width) == 0;
+        if ((a < b) == falling) {
+          orders[low] = b;
+          orders[high] = a;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+__device__ inline void add_candidate(ChoiceScratch& scratch, uint64_t order) {
+  const int place = atomicAdd(&scratch.count, 1);
+  if (place < kMaxCandidates) scratch.candidates[place] = order;
+}
+
+// The order of the last thing that is kept when things are kept in falling order until their
+// weights reach `wanted`, which all of them together do. place_of(i, level) says where a thing
+// stands; equal levels have equal weights, or 0.
+template <typename Level, typename PlaceOf>
+__device__ inline uint64_t last_kept(const Ordering& ordering, uint64_t top, uint64_t wanted,
+                                     float inv_temperature, ChoiceScratch& scratch,
+                                     const Level& level, const PlaceOf& place_of) {
+  const int n = ordering.n, threads = static_cast<int>(blockDim.x);
+  const float top_level = ordering.level(top);
+  const auto bin_of = [&](float x) {
+    const float octaves = (top_level - x) * inv_temperature;
+    return static_cast<int>(fminf(octaves * kBinsAnOctave, kBins - 1.f));
+  };
+  for (int bin = threadIdx.x; bin < kBins; bin += threads) scratch.bins[bin] = 0;
+  if (threadIdx.x == 0) scratch.count = 0;
+  __syncthreads();
+  for_each_level(n, level, [&](int i, float x) {
+    const uint64_t weight = place_of(i, x).weight;
+    if (weight > 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(&scratch.bins[bin_of(x)]), weight);
+    }
+  });
+  __syncthreads();
+  const Picked bin = pick_of(
+      kBins, scratch, [&](int b) { return scratch.bins[b]; }, [&](uint64_t) { return wanted - 1; });
+  for_each_level(n, level, [&](int i, float x) {
+    const Placed thing = place_of(i, x);
+    if (thing.weight > 0 && bin_of(x) == bin.index) add_candidate(scratch, thing.order);
+  });
+  __syncthreads();
+  if (scratch.count <= kMaxCandidates) {
+    sort_candidates(scratch);
+    const auto weight = [&](int c) {
+      const uint64_t order = scratch.candidates[c];
+      return place_of(ordering.index(order), ordering.level(order)).weight;
+    };
+    const Picked last = pick_of(scratch.count, scratch, weight, [&](uint64_t) { return bin.rest; });
+    return scratch.candidates[last.index];
+  }
+  // Very many tokens of about the same probability.
+  const uint64_t cut = find_cut(n, 0, top, wanted, scratch, level, place_of);
+  uint64_t lowest = 0;
+  for_each_level(n, level, [&](int i, float x) {
+    const Placed thing = place_of(i, x);
+    if (thing.order >= cut && thing.weight > 0) lowest = greater_of(lowest, ~thing.order);
+  });
+  return ~block_max(lowest, scratch);
+}
+
 // Chooses one of n tokens by reading them as often as it takes; level(i) is log2 of a probability,
 // -FLT_MAX for none. Without filters tokens are laid side by side as they come, else by falling
 // probability.
@@ -275,15 +362,19 @@ template <typename Level>
 __device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
                                    ChoiceScratch& scratch, const Level& level) {
   const Ordering ordering(n);
-  uint64_t top = 0;
-  for_each_level(n, level, [&](int i, float x) { top = greater_of(top, ordering(x, i)); });
+  uint64_t top = 0, some[1] = {0};
+  for_each_level(n, level, [&](int i, float x) {
+    const uint64_t order = ordering(x, i);
+    top = greater_of(top, order);
+    some[0] += order > 0;
+  });
   top = block_max(top, scratch);
   if (filters.inv_temperature == 0.f) return ordering.index(top);
-  const float top_level = ordering.level(top);
+  const float top_level = ordering.level(top), inv_temperature = filters.inv_temperature;
   uint64_t cut = 1;
   const auto place_of = [&](int i, float x) -> Placed {
-    const float weight = fast_exp2((x - top_level) * filters.inv_temperature);
     const uint64_t order = ordering(x, i);
+    const float weight = fast_exp2((x - top_level) * inv_temperature);
     return {order, order >= cut ? whole_weight(weight) : 0};
   };
   const auto sum = [&](const auto& place_of) {
@@ -292,14 +383,18 @@ __device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
     block_sums(sums, scratch);
     return sums[0];
   };
-  if (filters.top_k < n) {
-    cut = find_cut(n, cut, top, filters.top_k, scratch, level,
-                   [&](int i, float x) -> Placed { return {ordering(x, i), 1}; });
+  block_sums(some, scratch);
+  if (filters.top_k < some[0]) {
+    const auto one = [&](int i, float x) -> Placed {
+      const uint64_t order = ordering(x, i);
+      return {order, order > 0};
+    };
+    cut = last_kept(ordering, top, filters.top_k, inv_temperature, scratch, level, one);
   }
   if (filters.top_p < 1.f) {
     const double nucleus = ceil(static_cast<double>(filters.top_p) * sum(place_of));
     const uint64_t wanted = greater_of(1, static_cast<uint64_t>(nucleus));
-    cut = find_cut(n, cut, top, wanted, scratch, level, place_of);
+    cut = last_kept(ordering, top, wanted, inv_temperature, scratch, level, place_of);
   }
   const auto least = static_cast<uint64_t>(filters.min_p * 0x1p44f);
   const auto kept = [&](int i, float x) -> Placed {
@@ -308,17 +403,11 @@ __device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
   };
   const auto target_of = [&](uint64_t total) { return __umul64hi(bits, total); };
   if (filters.none(n)) {
-    return pick_of(n, scratch, [&](int i) { return kept(i, level(i)).weight; }, target_of);
+    return pick_of(n, scratch, [&](int i) { return kept(i, level(i)).weight; }, target_of).index;
   }
   const uint64_t target = target_of(sum(kept));
-  const uint64_t drawn = find_cut(n, cut, top, target + 1, scratch, level, kept);
-  // The last token that is needed to pass the target.
-  uint64_t lowest = 0;
-  for_each_level(n, level, [&](int i, float x) {
-    const Placed thing = kept(i, x);
-    if (thing.order >= drawn && thing.weight > 0) lowest = greater_of(lowest, ~thing.order);
-  });
-  return ordering.index(~block_max(lowest, scratch));
+  return ordering.index(
+      last_kept(ordering, top, target + 1, inv_temperature, scratch, level, kept));
 }
 
 }  // namespace memdec::cuda
