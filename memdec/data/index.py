@@ -17,6 +17,8 @@ from memdec.errors import MemdecError
 EXACT = "Flat"
 EXACT_UP_TO = 1 << 20
 
+_SAMPLE = 1 << 10  # keys of an index that is built to be measured
+
 
 def choose_index(spec: str, size: int, width: int) -> str:
     """Turns ``"auto"`` into a FAISS factory string and checks any other.
@@ -87,7 +89,18 @@ def index_cost(spec: str, size: int, width: int) -> tuple[int, int]:
     """About how many bytes the file of a FAISS index has (codes, ids, centroids), and its lists."""
     index = make_index(spec, width)
     lists = count_lists(index)
-    return size * (index.sa_code_size() + 8) + lists * width * 4, lists
+    return size * _bytes_a_key(index) + lists * width * 4, lists
+
+
+def _bytes_a_key(index: Any) -> int:
+    """Of an index that is still empty; overwrites one without codes, such as a graph."""
+    try:
+        return int(index.sa_code_size()) + 8
+    except RuntimeError:
+        sample = np.random.default_rng(0).standard_normal((_SAMPLE, index.d), dtype=np.float32)
+        index.train(sample)
+        index.add(sample)
+        return len(load_faiss().serialize_index(index)) // _SAMPLE
 
 
 def make_index(spec: str, width: int) -> Any:
