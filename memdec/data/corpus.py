@@ -225,6 +225,18 @@ def _split(
     return members
 
 
+def map_array(path: Path, mode: Literal["r", "c"]) -> np.ndarray:
+    """An array of a .npy file, memory-mapped, read-only or copy-on-write.
+
+    Raises:
+        MemdecError: it is none.
+    """
+    try:
+        return np.load(path, mmap_mode=mode)
+    except (ValueError, EOFError) as error:
+        raise MemdecError(f"{path} is damaged: it holds no array") from error
+
+
 def rows_between(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of arrays that follow one another, as a new array."""
     bounds = np.cumsum([0, *map(len, shards)])
@@ -261,6 +273,7 @@ class TokenStream:
 
     shards: tuple[np.ndarray, ...]
     documents: np.ndarray  # int64, where each document's first token lies in the stream
+    vocab_size: int = 1 << 31
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -271,8 +284,19 @@ class TokenStream:
         return len(self) - 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens from `start` to before `stop`, int32, as a new array."""
-        return rows_between(self.shards, start, stop)
+        """Tokens from `start` to before `stop`, int32, as a new array.
+
+        Raises:
+            MemdecError: an id that is none of the vocabulary, which a model would read out of bounds.
+        """
+        tokens = rows_between(self.shards, start, stop)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            raise MemdecError(
+                f"token {start + place} of a split is {tokens[place]}, expected an id in "
+                f"[0, {self.vocab_size}): the tokens are damaged, prepare them anew"
+            )
+        return tokens
 
     def blocks(self, block_size: int) -> int:
         """Number of blocks of `block_size` positions; the last may be shorter."""
@@ -323,6 +347,7 @@ class TokenCorpus:
         files = [self.artefact.file(shard_name(name, shard, ".npy")) for shard in shards]
         starts = [self.artefact.file(shard_name(name, shard, ".documents.npy")) for shard in shards]
         return TokenStream(
-            tuple(np.load(path, mmap_mode="r") for path in files),
-            np.concatenate([np.load(path) for path in starts]),
+            tuple(map_array(path, "r") for path in files),
+            np.concatenate([map_array(path, "r") for path in starts]),
+            self.vocab_size,
         )

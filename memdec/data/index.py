@@ -33,9 +33,14 @@ def choose_index(spec: str, size: int, width: int) -> str:
         lists = 1 << round(np.log2(4 * size**0.5))
         spec = EXACT if size <= EXACT_UP_TO else f"IVF{lists},SQfp16"
     if spec != EXACT:
-        lists = count_lists(make_index(spec, width))
-        if lists > size:
-            raise MemdecError(f"index {spec} has {lists} lists, more than the {size} keys")
+        index = make_index(spec, width)
+        if isinstance(index, load_faiss().IndexIDMap):
+            raise MemdecError(f"index {spec} maps ids; give it without, a key's id is its position")
+        has_lists = load_faiss().try_extract_index_ivf(index) is not None
+        if has_lists and not 0 < count_lists(index) <= size:
+            raise MemdecError(
+                f"index {spec} has {count_lists(index)} lists, expected 1 to {size}, the keys"
+            )
     return spec
 
 
@@ -46,7 +51,10 @@ class FaissIndex:
         from memdec.data.faiss_gpu import copy_to_gpus, visible_gpus
 
         faiss = load_faiss()
-        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        try:
+            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise MemdecError(f"FAISS cannot read {path}: {reason(error)}") from None
         inverted_lists = faiss.try_extract_index_ivf(self._index)
         if inverted_lists is not None:
             inverted_lists.nprobe = min(nprobe, inverted_lists.nlist)
