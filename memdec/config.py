@@ -16,7 +16,6 @@ from typing import Any, Self
 
 from memdec.errors import MemdecError
 
-
 _SEEDS = 1 << 32  # that NumPy takes
 
 

@@ -77,7 +77,9 @@ class Artefact:
     def changed_files(self) -> list[str]:
         """Files whose bytes are not those that were written, by SHA-256. Reads them all."""
         records = self.manifest["files"].items()
-        return [name for name, record in records if file_sha256(self.file(name)) != record["sha256"]]
+        return [
+            name for name, record in records if file_sha256(self.file(name)) != record["sha256"]
+        ]
 
 
 def check_input(artefact: Artefact, name: str, found: str) -> None:
