@@ -8,8 +8,9 @@ to a factor of two or so.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memdec.build import Step
@@ -42,13 +43,14 @@ class Shape:
     layers: int
     width: int
     vocabulary: int
+    context: int  # tokens it can see
 
     def of_layers(self, layers: int | None, in_layers: int) -> Shape:
         """With only some of its layers, which have `in_layers` of its parameters."""
         if layers is None or layers >= self.layers:
             return self
         less = in_layers * (self.layers - layers) // self.layers
-        return Shape(self.parameters - less, layers, self.width, self.vocabulary)
+        return replace(self, parameters=self.parameters - less, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,24 @@ class _Estimator:
         if targets.drop_same_context:
             self.k = first_search(targets.k)
         self.block_size: int = store.block_size if store else targets.block_size or 1024
+        self._check(targets, train)
+
+    def _check(self, targets: Any, train: Any) -> None:
+        """What the stages themselves would refuse, some of them after hours."""
+        size = self.corpus.train
+        if self.store is not None and targets.k > size:
+            raise MemdecError(f"targets: k is {targets.k:,}, there are {size:,} train tokens")
+        if self.block_size > size:
+            raise MemdecError(f"block_size is {self.block_size:,}, there are {size:,} train tokens")
+        if self.block_size > self.teacher.context:
+            raise MemdecError(
+                f"block_size is {self.block_size:,}, the teacher's context {self.teacher.context:,}"
+            )
+        layers = train.memory_layers
+        if layers is not None and train.memory_init == "teacher" and layers > self.teacher.layers:
+            raise MemdecError(
+                f"train: memory_layers is {layers}, the teacher has {self.teacher.layers}"
+            )
 
     def prepare(self, config: Any) -> Need:
         tokens = self.corpus.train + self.corpus.held_out
@@ -257,5 +277,5 @@ def _shape(name: str) -> tuple[Shape, int]:
     parameters = sum(weight.numel() for weight in model.parameters())
     in_layers = sum(weight.numel() for weight in blocks.parameters())
     layers = sum(1 for _ in blocks.children())
-    shape = Shape(parameters, layers, config.hidden_size, config.vocab_size)
-    return shape, in_layers
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return Shape(parameters, layers, config.hidden_size, config.vocab_size, context), in_layers

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memdec.build import BuildConfig
+from memdec.build import OWN, BuildConfig, refuse_strangers
 from memdec.build import plan as plan_steps
 from memdec.console import say, show_bytes
 from memdec.data.artefact import MANIFEST
-from memdec.errors import MemdecError
 from memdec.machine import Machine, measure_machine
 from memdec.needs import Corpus, Need, estimate
 
@@ -28,10 +27,12 @@ def plan(config: BuildConfig, out: Path) -> int:
         0 when everything fits, else 1: the command's exit status.
 
     Raises:
-        MemdecError: a bad recipe, no such model or corpus, an index that FAISS does not know.
+        MemdecError: what a build would refuse: a bad recipe, no such model or corpus, an `out` of
+            something else, an index that FAISS does not know, fewer tokens than k or a block.
     """
     recipe = config.to_recipe()
     steps = {step.name: step for step in plan_steps(recipe, out)}
+    refuse_strangers(out, OWN)
     machine = measure_machine(recipe.shared.get("device", "auto"), out)
     corpus = count_tokens(steps["prepare"].config, out)
     needs = list(estimate(steps, recipe.teacher or recipe.base, recipe.base, corpus, machine))
@@ -46,7 +47,7 @@ def plan(config: BuildConfig, out: Path) -> int:
 
 def count_tokens(config: Any, out: Path) -> Corpus:
     """Token counts of the finished stage prepare in `out`, or estimated from a sample of the text."""
-    from memdec.data.corpus import TokenCorpus
+    from memdec.data.corpus import TokenCorpus, check_documents
     from memdec.data.documents import collect, read_corpus, read_dataset
     from memdec.modeling.loading import load_tokenizer
 
@@ -58,9 +59,9 @@ def count_tokens(config: Any, out: Path) -> Corpus:
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:
         texts = read_dataset(config.dataset, config.dataset_subset, config.text_field)
-    documents = collect(texts, config.drop_repeated_paragraphs).texts
-    if not documents:
-        raise MemdecError(f"{config.corpus or config.dataset} has no text")
+    found = collect(texts, config.drop_repeated_paragraphs)
+    check_documents(found, config)
+    documents = found.texts
     characters = sum(map(len, documents))
     tokenizer = load_tokenizer(config.tokenizer)
     sample: list[str] = []
@@ -69,8 +70,8 @@ def count_tokens(config: Any, out: Path) -> Corpus:
         if sum(map(len, sample)) >= _SAMPLE_CHARACTERS:
             break
     ids = tokenizer(sample, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    found = sum(len(row) for row in ids["input_ids"])
-    tokens = found * characters // sum(map(len, sample)) + len(documents)  # and separators
+    counted = sum(len(row) for row in ids["input_ids"])
+    tokens = counted * characters // sum(map(len, sample)) + len(documents)  # and separators
     tokens = min(tokens, config.max_tokens or tokens)
     held_out = round(tokens * (config.validation_fraction + config.test_fraction))
     return Corpus(tokens - held_out, held_out, characters, estimated=True)

@@ -92,13 +92,7 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
         assert config.dataset is not None
         texts = read_dataset(config.dataset, config.dataset_subset, config.text_field)
     documents = collect(texts, config.drop_repeated_paragraphs)
-    if len(documents.texts) < len(SPLITS):
-        source = config.corpus or config.dataset
-        raise MemdecError(
-            f"{source} has {len(documents.texts)} distinct documents that are not empty, at least "
-            f"{len(SPLITS)} are needed to split it; "
-            "the option documents (line or paragraph) makes more of them"
-        )
+    check_documents(documents, config)
     params = config.to_mapping()
     for name in ("tokenizer", "corpus", "dataset", "dataset_subset"):
         del params[name]  # their content counts, by fingerprint, not where they lie
@@ -112,6 +106,16 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
             say(f"prepare: already done in {out}")
             return Artefact.open(out, KIND)
         return _write(config, writer, tokenizer, separator, documents)
+
+
+def check_documents(documents: Documents, config: PrepareConfig) -> None:
+    """Raises :class:`MemdecError` when there are too few to split."""
+    if len(documents.texts) < len(SPLITS):
+        raise MemdecError(
+            f"{config.corpus or config.dataset} has {len(documents.texts)} distinct documents that "
+            f"are not empty, at least {len(SPLITS)} are needed to split it; "
+            "the option documents (line or paragraph) makes more of them"
+        )
 
 
 def _write(

@@ -115,7 +115,10 @@ def test_a_memory_of_fewer_layers(tiny, layers):
     memory = initial_memory(tiny.model, layers=layers)
     found = shape.of_layers(layers, in_layers)
     real = sum(weight.numel() for weight in memory.parameters())
-    assert found == Shape(real, layers, memory.config.hidden_size, memory.config.vocab_size)
+    config = memory.config
+    assert found == Shape(
+        real, layers, config.hidden_size, config.vocab_size, config.max_position_embeddings
+    )
 
 
 def test_a_shape_has_no_weights(tiny):
@@ -239,6 +242,32 @@ def test_copies_that_are_left_out_need_more_neighbours(tiny, monkeypatch):
     for setting, note in (("targets.k=1800", "a copy"), ("targets.drop_same_context=8", "2267")):
         given = ("targets.k=1800", setting)
         assert note in needs(tiny, *given, corpus=corpus, machine=machine)["targets"].note
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("targets.k=5000",), r"targets: k is 5,000, there are [\d,]+ train tokens"),
+        (("prepare.max_tokens=40",), r"block_size is 32, there are [\d,]+ train tokens"),
+        (("train.memory_layers=4",), "train: memory_layers is 4, the teacher has 3"),
+        (("prepare.documents=file",), "has 1 distinct documents .* at least 3 are needed"),
+    ],
+)
+def test_what_a_stage_would_refuse_later(tiny, settings, message):
+    with pytest.raises(MemdecError, match=message):
+        plan(config(tiny, *settings, device="cpu"), Path("out"))
+
+
+def test_blocks_longer_than_the_context(tiny):
+    given = dataclasses.replace(config(tiny), block_size=65)
+    with pytest.raises(MemdecError, match="block_size is 65, the teacher's context 64"):
+        plan(given, Path("out"))
+
+
+def test_a_directory_of_something_else(tiny, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(MemdecError, match=r"holds thesis\.tex, which is not of this command"):
+        plan(config(tiny), tmp_path)
 
 
 def test_keys_that_an_exact_index_needs(tiny):
