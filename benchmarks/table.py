@@ -27,6 +27,8 @@ def table(path: Path) -> str:
         return teacher_table(result)
     if "indexes" in result:
         return indexes_table(result)
+    if "faults" in result:
+        return faults_table(result)
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -218,6 +220,34 @@ def indexes_table(result: dict) -> str:
             f"{row['temperature']:.3g}",
             f"{row['lmbda']:.2f}",
             f"{row['perplexity']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def faults_table(result: dict) -> str:
+    """One line a stage of tests/test_faults.py: where the kills met it, and what came of it."""
+    machine = result["machine_info"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"Python {machine['python']}.",
+        "",
+        "| stage | seconds alone | kill -9 | before a first file | between files | with all files "
+        "| run to the end | same bytes |",
+        "|---" * 8 + "|",
+    ]
+    for stage, row in result["faults"].items():
+        finished = [files for _, files in row["kills"]]
+        nothing, everything = finished.count(0), finished.count(row["files"])
+        cells = [
+            stage,
+            f"{row['seconds']:.1f}",
+            f"{len(finished)}",
+            f"{nothing}",
+            f"{len(finished) - nothing - everything}",
+            f"{everything}",
+            f"{row['ends']}",
+            "yes" if row["same_bytes"] else "NO",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
 
 DocumentUnit = Literal["file", "line", "paragraph"]
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
 
 
@@ -142,7 +143,7 @@ def read_dataset(name: str, subset: str | None, text_field: str) -> Iterator[str
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _first_time(paragraph: str, seen: set[bytes]) -> bool:
@@ -176,6 +177,10 @@ def _json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
             value = json.loads(line)[text_field]
         except (ValueError, TypeError, KeyError):
             value = None
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise MemdecError(
+                f"{path}, line {number}: its text is not Unicode, it has half a surrogate pair"
+            )
         if not isinstance(value, str):
             raise MemdecError(
                 f"{path}, line {number}: expected a JSON object with a text field {text_field!r}, "

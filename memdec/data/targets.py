@@ -7,6 +7,7 @@ themselves can be kept (:mod:`memdec.data.neighbours`): then training chooses te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ class TargetsConfig(Config):
         )
         for name in ("temperature", "max_entries", "block_size"):
             value = getattr(self, name)
-            require(value is None or value > 0, name, "above 0", value)
+            require(value is None or 0 < value < math.inf, name, "above 0 and finite", value)
         require(self.lmbda is None or 0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
         used = (*_USED_BY_ALL, *_USED[self.source])
         for field in fields(self):
@@ -178,6 +179,9 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
         require(config.block_size in (None, store.block_size), "block_size", expected, block_size)
         block_size = store.block_size
         check_option(store.artefact, "isolate_documents", config.isolate_documents, False)
+        length = config.drop_same_context
+        expected = f"at most {block_size}, what a key has seen"
+        require(length <= block_size, "drop_same_context", expected, length)
         inputs |= {"datastore": store.fingerprint, "model": made_of["model"]}
     else:
         assert config.model is not None  # TargetsConfig.check
@@ -360,10 +364,13 @@ def _shard_name(number: int) -> str:
 
 def _open_shard(path: Path) -> dict[str, np.ndarray]:
     """Every array of a shard, memory-mapped: safetensors maps what it gives to torch."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise MemdecError(f"{path} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)

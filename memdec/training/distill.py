@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,8 @@ class TrainConfig(LoopConfig):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         temperature = self.temperature
-        require(temperature is None or temperature > 0, "temperature", "above 0", temperature)
+        finite = temperature is None or 0 < temperature < math.inf
+        require(finite, "temperature", "above 0 and finite", temperature)
         if self.memory_width is not None and self.memory_init != "fresh":
             raise MemdecError("memory_width goes with memory_init fresh only")
 
