@@ -69,6 +69,27 @@ BREAKS = (
         "test_interpolate.py",
     ),
     (
+        "choose_token.cpp",
+        "equal tokens are kept from the highest id on",
+        "log_probs[a] > log_probs[b] : a < b;",
+        "log_probs[a] > log_probs[b] : a > b;",
+        "test_interpolate_sample.py",
+    ),
+    (
+        "choose_token.cpp",
+        "min-p is measured against all of the mass",
+        "weights[ids[end - 1]] < args.min_p)",
+        "weights[ids[end - 1]] < args.min_p * total)",
+        "test_interpolate_sample.py",
+    ),
+    (
+        "interpolate_sample.cpp",
+        "the draw forgets its temperature",
+        "vec_exp(gap / args.temperature)",
+        "vec_exp(gap)",
+        "test_interpolate_sample.py",
+    ),
+    (
         "token_log_probs.cpp",
         "a label beyond the vocabulary is not noticed",
         "label >= 0 && label < args.vocab\n                   ?",
