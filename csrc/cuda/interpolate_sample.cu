@@ -434,8 +434,11 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
 template <typename T>
 bool sample_by_groups(const InterpolateSampleArgs& args, int device, cudaStream_t stream,
                       cudaError_t* error) {
-  const bool few = args.temperature == 0.f || args.top_k <= kMaxTopK;
-  if (few || (args.top_k >= args.vocab && args.temperature == 1.f)) {
+  const bool cut_by_k = args.top_k < args.vocab;
+  const bool filtered = cut_by_k || args.top_p < 1.f || args.min_p > 0.f;
+  const bool by_measures =
+      args.temperature == 0.f || (cut_by_k ? args.top_k <= kMaxTopK : args.temperature == 1.f);
+  if (by_measures) {
     const GroupPlan plan = plan_groups<T>(args);
     if (plan.groups > kMaxGroups) return false;
     *error = launch_overlapping(measure_groups_kernel<T>, args.rows * plan.blocks, kThreads, 0,
@@ -445,7 +448,6 @@ bool sample_by_groups(const InterpolateSampleArgs& args, int device, cudaStream_
                                 args, plan);
     return true;
   }
-  const bool filtered = args.top_k < args.vocab || args.top_p < 1.f || args.min_p > 0.f;
   if (filtered || args.temperature < kLowTemperature) return false;
   const PipelinePlan plan = plan_pipeline<SampleJob<T>>(args.rows, args.vocab, device);
   if (plan.clusters == 0 || pipeline_groups(plan) > kMaxGroups) return false;

@@ -38,6 +38,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "top-k beyond what is sorted": {"top_k": 700, "temperature": 0.9},
     "top-p": {"top_p": 0.8},
     "min-p": {"min_p": 0.05},
+    "hot top-p": {"top_p": 0.7, "temperature": 1.5},
     "all": {"top_k": 40, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
 }
 

@@ -64,7 +64,7 @@ class Store:
         found = Neighbours.pack(distances, torch.from_numpy(tokens), **options)
         return NeighbourRows(found, torch.from_numpy(positions), torch.from_numpy(labels))
 
-    def gather(self, positions: np.ndarray) -> TargetRows:
+    def gather(self, positions: np.ndarray, *, pin_memory: bool = False) -> TargetRows:
         rows = self.gather_neighbours(positions)
         targets = rows.neighbours.to_targets(1.0).compact()
         return TargetRows(targets, rows.positions, rows.labels)
