@@ -139,10 +139,17 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, na
     generator = random.Random(name)
     while len(kills) < KILLS:
         out = tmp_path / f"killed-{record['ends']}"
+        begin = time.monotonic()
         process = start_stage(stage, config, out)
-        wait = generator.uniform(0, seconds)
-        time.sleep(wait)
+        if generator.random() < 0.5:  # anywhere
+            time.sleep(generator.uniform(0, seconds))
+        else:  # while it writes, which may be a small part of the time
+            wanted = generator.randint(0, record["files"])
+            while process.is_alive() and finished_files(out) < wanted:
+                time.sleep(0.0005)
+            time.sleep(generator.uniform(0, 0.01))
         process.kill()
+        wait = time.monotonic() - begin
         process.join()
         killed = process.exitcode == -signal.SIGKILL
         if killed:

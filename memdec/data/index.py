@@ -117,12 +117,24 @@ def make_index(spec: str, width: int) -> Any:
     Raises:
         MemdecError: FAISS does not know it, or FAISS is missing.
     """
+    faiss = load_faiss()
     try:
-        return load_faiss().index_factory(width, spec)
+        index = faiss.index_factory(width, spec)
     except RuntimeError as error:
         raise MemdecError(
             f"FAISS makes no index of width {width} from {spec!r}: {reason(error)}"
         ) from None
+    quantised = _without_transform(index)
+    if isinstance(quantised, faiss.IndexIVFPQ | faiss.IndexPQ):
+        # Sorts codes for a filter that is not used, seconds a byte of code.
+        quantised.do_polysemous_training = False
+    return index
+
+
+def _without_transform(index: Any) -> Any:
+    faiss = load_faiss()
+    transformed = isinstance(index, faiss.IndexPreTransform)
+    return faiss.downcast_index(index.index) if transformed else index
 
 
 def plain_lists(index: Any) -> Any | None:
@@ -131,9 +143,7 @@ def plain_lists(index: Any) -> Any | None:
     They can be filled in parts and by others than the index itself.
     """
     faiss = load_faiss()
-    inner = (
-        faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    )
+    inner = _without_transform(index)
     kinds = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ)
     return inner if type(inner) in kinds else None
 
