@@ -7,7 +7,7 @@ import torch
 from memdec import ops
 
 VOCAB = 50257
-GOALS = {256: 12e-6, 1024: 30e-6}  # for 1024 rows
+SECONDS = {256: 12e-6, 1024: 30e-6}  # the goal on CUDA, for 1024 rows
 SHAPES = {"cuda": [(1024, 256), (1024, 1024), (65536, 1024)], "cpu": [(1024, 1024)]}
 
 
@@ -68,5 +68,5 @@ def test_knn_scatter(contest, device, shape, contender):
         check=check,
         floor_bytes=rows * k * (4 + 4 + 4 + 4),
         another=another,
-        goal={"seconds": GOALS[k] * rows / 1024},
+        goal={"seconds": SECONDS[k] * rows / 1024} if device == "cuda" else {"times_eager": 5},
     )

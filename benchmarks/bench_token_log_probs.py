@@ -38,6 +38,6 @@ def test_token_log_probs(contest, device, read_bandwidth, shape, contender):
         run=lambda: functions[contender](logits, labels),
         check=check,
         floor_bytes=logits.numel() * logits.element_size(),
-        goal={"share": 0.90},
+        goal={"share": 0.90} if device == "cuda" else None,
         bandwidth=read_bandwidth,
     )

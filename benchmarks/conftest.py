@@ -21,6 +21,7 @@ import torch
 from sources import kernel_sources_sha256
 
 import memdec
+from memdec import _native
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -142,8 +143,8 @@ class Contest:
             another: makes `run` over new buffers. Given for calls so short that CUDA events would
                 time their launch: on CUDA the time is then that of a graph of many such calls,
                 over more memory than the cache holds, divided by their number.
-            goal: what a contender shall reach on CUDA, as table.py reads it: "share" of the floor,
-                "seconds", and so on.
+            goal: what memdec shall reach on this device, as table.py reads it: "share" of the floor,
+                "seconds", "times_eager", "times_dense", and so on.
             bandwidth: what the floor's bytes move at; by default that of a copy.
         """
         check(run())
@@ -164,7 +165,7 @@ class Contest:
             else:
                 extra["device_seconds"] = _seconds_in_graph(another, floor_bytes)
         extra.update(op=op, case=case, contender=contender, floor_bytes=floor_bytes)
-        if self.device == "cuda" and contender.startswith("memdec") and goal:
+        if contender.startswith("memdec") and goal:
             extra["goal"] = goal
         extra["bandwidth"] = bandwidth or self.copy_bandwidth
 
@@ -198,6 +199,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         memdec=memdec.__version__,
         kernel_sources=kernel_sources_sha256("cuda" if on_cuda else "cpu"),
     )
+    if not on_cuda and _native.kernels_for("cpu") is not None:
+        machine_info["simd"] = _native._C.simd_level()
 
 
 def pytest_benchmark_update_json(

@@ -27,6 +27,8 @@ def table(path: Path) -> str:
         return teacher_table(result)
     if "indexes" in result:
         return indexes_table(result)
+    if "faults" in result:
+        return faults_table(result)
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -45,10 +47,11 @@ def table(path: Path) -> str:
     contenders = ["dense eager", "eager", "compiled", "memdec"]
     used = [name for name in contenders if any(name in case for case in cases.values())]
     current = {kernel_sources_sha256("cpu"), kernel_sources_sha256("cuda")}
+    simd = f" at level {machine['simd']}" if "simd" in machine else ""
     state = "as they are now" if machine["kernel_sources"] in current else "changed since"
     lines = [
         f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}, "
-        f"{machine['threads']} threads, kernels {machine['kernel_sources']}, {state}. Medians, cold "
+        f"{machine['threads']} threads{simd}, kernels {machine['kernel_sources']}, {state}. Medians, cold "
         "cache.",
         "",
         "| op | case | " + " | ".join(used) + " | memdec: share of the floor | against eager |",
@@ -65,7 +68,7 @@ def table(path: Path) -> str:
         if ours and "eager" in found:
             gain = f"{found['eager']['seconds'] / ours['seconds']:.1f} x"
         line = f"| {op} | {case} | " + " | ".join(times) + f" | {share} | {gain} |"
-        lines.append(line + (_goal(ours) if with_goals else ""))
+        lines.append(line + (_goal(found) if with_goals else ""))
     if not cases:
         del lines[1:]
     for (op, case), found in from_hidden.items():
@@ -73,14 +76,25 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _goal(ours: dict | None) -> str:
-    """Two columns: what memdec shall reach, and whether it does."""
+def _goal(found: dict[str, dict]) -> str:
+    """Two columns: what memdec shall reach, and whether it does, in the same order."""
+    ours = found.get("memdec")
     if not ours or not ours["goal"]:
         return "  |  |"
-    ((kind, goal),) = ours["goal"].items()
-    if kind == "share":
-        return f" {goal:.2f} | {'yes' if ours['share'] >= goal else 'no'} |"
-    return f" {_time(goal)} | {'yes' if ours['seconds'] <= goal else 'no'} |"
+    shown, met = [], []
+    for kind, goal in ours["goal"].items():
+        if kind == "share":
+            shown.append(f"{goal:.2f}")
+            reached = ours["share"] >= goal
+        elif kind == "seconds":
+            shown.append(_time(goal))
+            reached = ours["seconds"] <= goal
+        else:
+            rival = {"times_eager": "eager", "times_dense": "dense eager"}[kind]
+            shown.append(f"{goal:g} x {rival}")
+            reached = found[rival]["seconds"] >= goal * ours["seconds"]
+        met.append("yes" if reached else "no")
+    return f" {', '.join(shown)} | {', '.join(met)} |"
 
 
 def _from_hidden_states(op: str, case: str, found: dict[str, dict]) -> list[str]:
@@ -206,6 +220,34 @@ def indexes_table(result: dict) -> str:
             f"{row['temperature']:.3g}",
             f"{row['lmbda']:.2f}",
             f"{row['perplexity']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def faults_table(result: dict) -> str:
+    """One line a stage of tests/test_faults.py: where the kills met it, and what came of it."""
+    machine = result["machine_info"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"Python {machine['python']}.",
+        "",
+        "| stage | seconds alone | kill -9 | before a first file | between files | with all files "
+        "| run to the end | same bytes |",
+        "|---" * 8 + "|",
+    ]
+    for stage, row in result["faults"].items():
+        finished = [files for _, files in row["kills"]]
+        nothing, everything = finished.count(0), finished.count(row["files"])
+        cells = [
+            stage,
+            f"{row['seconds']:.1f}",
+            f"{len(finished)}",
+            f"{nothing}",
+            f"{len(finished) - nothing - everything}",
+            f"{everything}",
+            f"{row['ends']}",
+            "yes" if row["same_bytes"] else "NO",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -190,7 +190,9 @@ def measure(
                     manifest=json.loads((folder / "manifest.json").read_text()),
                     file=lambda name: folder / name,
                 )
-                targets = StoredTargets(TargetStore(artefact))
+                targets = StoredTargets(
+                    TargetStore(artefact), pin_memory=on_gpu and not options.workers
+                )
             trainer = BlockTrainer(
                 model,
                 arguments,

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/kernels.h"
+#include "cpu/huge_pages.h"
 
 namespace py = pybind11;
 
@@ -287,6 +288,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_levels", &simd_levels, "SIMD levels that are built in and run here, lowest first.");
   m.def("simd_level", &cpu::simd_level, "The SIMD level in use.");
   m.def("set_simd_level", &set_simd_level, "Chooses the SIMD level for this process.");
+  m.def(
+      "advise_huge_pages",
+      [](Address data, int64_t bytes) { cpu::advise_huge_pages(pointer<void>(data), bytes); },
+      "Asks for huge pages in memory that is about to be filled.");
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason,
         "None when CUDA kernels can run here, else why not.");
   m.def("sample_groups", &sample_groups,

@@ -78,3 +78,9 @@ def launch_on(device: torch.device) -> tuple[int, int]:
         return -1, torch.get_num_threads()
     # The raw handle: torch.cuda.current_stream() builds an object, which costs more than a launch.
     return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> None:
+    """Asks the system for huge pages behind a large new CPU tensor, before it is first written."""
+    if _C is not None:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)

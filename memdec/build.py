@@ -20,6 +20,7 @@ from memdec.recipe import SHARED, STAGES, Recipe, parse_setting, read_recipe, se
 
 RECIPE = "recipe.yaml"
 REPORT = "report.html"
+OWN = {*STAGES, RECIPE, REPORT}  # what a build leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def build(config: BuildConfig, out: Path) -> None:
     start = time.monotonic()
     recipe = config.to_recipe()
     steps = plan(recipe, out)
-    refuse_strangers(out, {*STAGES, RECIPE, REPORT})
+    refuse_strangers(out, OWN)
     run_steps(steps, recipe, out)
     title = f"A memory for {recipe.base}"
     write_report(out / "eval", out / REPORT, title=title, training=out / "train")

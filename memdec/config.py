@@ -16,6 +16,8 @@ from typing import Any, Self
 
 from memdec.errors import MemdecError
 
+_SEEDS = 1 << 32  # that NumPy takes
+
 
 def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
     """A dataclass field with its help text; without a default the field is required."""
@@ -36,6 +38,8 @@ class Config:
         for field in dataclasses.fields(self):
             value = _convert(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
+        if (seed := getattr(self, "seed", None)) is not None:  # wherever there is one
+            require(0 <= seed < _SEEDS, "seed", f"in [0, {_SEEDS})", seed)
         self.check()
 
     def check(self) -> None:

@@ -29,6 +29,14 @@ def say_once(message: str) -> None:
     say(message)
 
 
+def show_bytes(count: int) -> str:
+    """A size as a person reads it, for example ``"1.5 GB"``."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
 class Progress:
     """Progress over `total` units of work; `done` of them were finished in an earlier run.
 

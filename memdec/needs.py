@@ -8,12 +8,16 @@ to a factor of two or so.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memdec.build import Step
+from memdec.data.contexts import first_search
 from memdec.errors import MemdecError
+from memdec.machine import Machine
+from memdec.search_needs import IndexNeed, IndexNeeds
 
 _RESERVE = 1 << 30  # what the process needs before anything is loaded, and torch on a GPU
 # The share of the matrix product's rate that forward, training and search reach, by device.
@@ -39,24 +43,14 @@ class Shape:
     layers: int
     width: int
     vocabulary: int
+    context: int  # tokens it can see
 
     def of_layers(self, layers: int | None, in_layers: int) -> Shape:
         """With only some of its layers, which have `in_layers` of its parameters."""
         if layers is None or layers >= self.layers:
             return self
         less = in_layers * (self.layers - layers) // self.layers
-        return Shape(self.parameters - less, layers, self.width, self.vocabulary)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Bytes free, and operations a second: "float32" and "bfloat16" on the device, and "host"."""
-
-    device: str
-    disk: int
-    memory: int
-    gpu_memory: int
-    rates: dict[str, float]
+        return replace(self, parameters=self.parameters - less, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,28 @@ class _Estimator:
             self.student = _shape(train.memory_init)[0]
         store: Any = steps["datastore"].config if "datastore" in steps else None
         self.store = store
+        self.k: int = targets.k
+        if targets.drop_same_context:
+            self.k = first_search(targets.k)
         self.block_size: int = store.block_size if store else targets.block_size or 1024
+        self._check(targets, train)
+
+    def _check(self, targets: Any, train: Any) -> None:
+        """What the stages themselves would refuse, some of them after hours."""
+        size = self.corpus.train
+        if self.store is not None and targets.k > size:
+            raise MemdecError(f"targets: k is {targets.k:,}, there are {size:,} train tokens")
+        if self.block_size > size:
+            raise MemdecError(f"block_size is {self.block_size:,}, there are {size:,} train tokens")
+        if self.block_size > self.teacher.context:
+            raise MemdecError(
+                f"block_size is {self.block_size:,}, the teacher's context {self.teacher.context:,}"
+            )
+        layers = train.memory_layers
+        if layers is not None and train.memory_init == "teacher" and layers > self.teacher.layers:
+            raise MemdecError(
+                f"train: memory_layers is {layers}, the teacher has {self.teacher.layers}"
+            )
 
     def prepare(self, config: Any) -> Need:
         tokens = self.corpus.train + self.corpus.held_out
@@ -117,27 +132,26 @@ class _Estimator:
         return self._trained("train", self.student, config, self.block_size)
 
     def datastore(self, config: Any) -> Need:
-        from memdec.data.index import EXACT, choose_index, index_cost
-
         size, width = self.corpus.train, self.teacher.width
-        spec = choose_index(config.index, size, width)
-        index = 0 if spec == EXACT else index_cost(spec, size, width)[0]
-        if spec == EXACT and not config.keep_keys:
+        index = self._index()
+        if index.exact and not config.keep_keys:
             raise MemdecError(
-                f"datastore: {size:,} keys get the index {EXACT}, which needs them kept"
+                f"datastore: {size:,} keys get the index {index.spec}, which needs them kept"
             )
         keys = 2 * size * width if config.keep_keys else 0
         why = "asked for" if config.index != "auto" else f"{size:,} keys, exact up to a million"
-        passes = 2 if index and not config.keep_keys else 1  # one for the index's sample
+        passes = 1 if index.exact or config.keep_keys else 2  # one for the index's sample
         tokens = config.batch_blocks * config.block_size
         model = self._forward_bytes(self.teacher, config.dtype, tokens, logits=0)
+        made = index.to_build(beside=model + _RESERVE)
+        forward = passes * self._forward_seconds(self.teacher, size, config.dtype)
         return self._need(
             "datastore",
-            disk=keys + 4 * size + index,
-            host=index + index // 4,
-            device=model,
-            seconds=passes * self._forward_seconds(self.teacher, size, config.dtype),
-            note=f"index {spec}: {why}",
+            disk=keys + 4 * size + index.bytes,
+            host=made.host,
+            device=model + made.device,
+            seconds=forward + made.seconds,
+            note=f"index {index.spec}: {why}",
         )
 
     def targets(self, config: Any) -> Need:
@@ -154,16 +168,23 @@ class _Estimator:
         if config.keep == "neighbours":
             row = self._neighbour_row(config)
             note = f"{config.k} neighbours a row"
-        seconds, host, device = 0.0, 0, 0
-        if self.store is not None:
-            seconds, host, device = self._searching(size)
-            if not self.store.keep_keys:
-                seconds += self._forward_seconds(self.teacher, size, self.store.dtype)
+        seconds, device, search = 0.0, 0, IndexNeed(0.0)
         if config.source in ("teacher", "mixture"):
             tokens = config.batch_blocks * self.block_size
             seconds += self._forward_seconds(self.teacher, size, config.dtype)
             device += self._forward_bytes(self.teacher, config.dtype, tokens, logits=tokens)
-        return self._need("targets", size * row, host, device, seconds, note=note)
+        if self.store is not None:
+            search = self._search(size, beside=device)
+            if not self.store.keep_keys:
+                seconds += self._forward_seconds(self.teacher, size, self.store.dtype)
+        return self._need(
+            "targets",
+            size * row,
+            search.host,
+            device + search.device,
+            seconds + search.seconds,
+            note="; ".join(filter(None, (note, search.note))),
+        )
 
     def _neighbour_row(self, config: Any) -> int:
         """Tokens, distances and their unit; position and label."""
@@ -179,31 +200,25 @@ class _Estimator:
         seconds = sum(self._forward_seconds(model, held_out, config.dtype) for model in models)
         tokens = config.batch_blocks * config.block_size
         device = self._forward_bytes(self.base, config.dtype, tokens, logits=tokens)
-        host = 0
+        search = IndexNeed(0.0)
         if self.store is not None:
-            searching, host, searching_device = self._searching(held_out)
-            seconds += searching + self._forward_seconds(self.teacher, held_out, config.dtype)
-            device += searching_device
-        return self._need("eval", 4 * held_out * (len(models) + 2), host, device, seconds)
+            search = self._search(held_out, beside=device)
+            seconds += search.seconds + self._forward_seconds(self.teacher, held_out, config.dtype)
+        # A score of each model and of the kNN-LM; two numbers of confidence of base and of memory.
+        disk = 4 * held_out * (len(models) + 1 + 4)
+        return self._need("eval", disk, search.host, device + search.device, seconds)
 
-    def _searching(self, queries: int) -> tuple[float, int, int]:
-        """Seconds, bytes on the host and bytes on the device of a search."""
-        from memdec.data.index import EXACT, choose_index, index_cost
+    def _index(self) -> IndexNeeds:
+        from memdec.data.index import choose_index
 
         assert self.store is not None
         size, width = self.corpus.train, self.teacher.width
         spec = choose_index(self.store.index, size, width)
-        if spec != EXACT:  # FAISS, on the CPU: the centroids, and the lists nearest to a query
-            host, lists = index_cost(spec, size, width)
-            share = min(self.store.nprobe / lists, 1.0) if lists else 1.0
-            operations = 2 * queries * (lists + size * share) * width
-            return operations / (self.searched * self.machine.rates["host"]), host, 0
-        if self.machine.device == "cuda":  # pairs of float16, three times the width
-            resident = min(6 * size * width, self.machine.gpu_memory // 2)
-            rate = self.searched * self.machine.rates["bfloat16"]
-            return 6 * queries * size * width / rate, 0, resident + (4 << 30)
-        rate = self.searched * self.machine.rates["float32"]
-        return 2 * queries * size * width / rate, 0, min(4 * size * width, 1 << 30) + (1 << 29)
+        return IndexNeeds(spec, size, width, self.machine, self.searched)
+
+    def _search(self, queries: int, beside: int) -> IndexNeed:
+        assert self.store is not None
+        return self._index().to_search(queries, self.k, self.store.nprobe, beside + _RESERVE)
 
     def _trained(self, name: str, model: Shape, config: Any, block_size: int) -> Need:
         """Weights, gradients and AdamW's two moments in float32; two checkpoints and the best."""
@@ -263,5 +278,5 @@ def _shape(name: str) -> tuple[Shape, int]:
     parameters = sum(weight.numel() for weight in model.parameters())
     in_layers = sum(weight.numel() for weight in blocks.parameters())
     layers = sum(1 for _ in blocks.children())
-    shape = Shape(parameters, layers, config.hidden_size, config.vocab_size)
-    return shape, in_layers
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return Shape(parameters, layers, config.hidden_size, config.vocab_size, context), in_layers

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memdec.build import BuildConfig
+from memdec.build import OWN, BuildConfig, refuse_strangers
 from memdec.build import plan as plan_steps
-from memdec.console import say
+from memdec.console import say, show_bytes
 from memdec.data.artefact import MANIFEST
-from memdec.errors import MemdecError
-from memdec.needs import Corpus, Machine, Need, estimate
+from memdec.machine import Machine, measure_machine
+from memdec.needs import Corpus, Need, estimate
 
 _SAMPLE_CHARACTERS = 1 << 20
 
@@ -30,10 +27,12 @@ def plan(config: BuildConfig, out: Path) -> int:
         0 when everything fits, else 1: the command's exit status.
 
     Raises:
-        MemdecError: a bad recipe, no such model or corpus, an index that FAISS does not know.
+        MemdecError: what a build would refuse: a bad recipe, no such model or corpus, an `out` of
+            something else, an index that FAISS does not know, fewer tokens than k or a block.
     """
     recipe = config.to_recipe()
     steps = {step.name: step for step in plan_steps(recipe, out)}
+    refuse_strangers(out, OWN)
     machine = measure_machine(recipe.shared.get("device", "auto"), out)
     corpus = count_tokens(steps["prepare"].config, out)
     needs = list(estimate(steps, recipe.teacher or recipe.base, recipe.base, corpus, machine))
@@ -48,7 +47,7 @@ def plan(config: BuildConfig, out: Path) -> int:
 
 def count_tokens(config: Any, out: Path) -> Corpus:
     """Token counts of the finished stage prepare in `out`, or estimated from a sample of the text."""
-    from memdec.data.corpus import TokenCorpus
+    from memdec.data.corpus import TokenCorpus, check_documents
     from memdec.data.documents import collect, read_corpus, read_dataset
     from memdec.modeling.loading import load_tokenizer
 
@@ -60,9 +59,9 @@ def count_tokens(config: Any, out: Path) -> Corpus:
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:
         texts = read_dataset(config.dataset, config.dataset_subset, config.text_field)
-    documents = collect(texts, config.drop_repeated_paragraphs).texts
-    if not documents:
-        raise MemdecError(f"{config.corpus or config.dataset} has no text")
+    found = collect(texts, config.drop_repeated_paragraphs)
+    check_documents(found, config)
+    documents = found.texts
     characters = sum(map(len, documents))
     tokenizer = load_tokenizer(config.tokenizer)
     sample: list[str] = []
@@ -71,46 +70,11 @@ def count_tokens(config: Any, out: Path) -> Corpus:
         if sum(map(len, sample)) >= _SAMPLE_CHARACTERS:
             break
     ids = tokenizer(sample, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    found = sum(len(row) for row in ids["input_ids"])
-    tokens = found * characters // sum(map(len, sample)) + len(documents)  # and separators
+    counted = sum(len(row) for row in ids["input_ids"])
+    tokens = counted * characters // sum(map(len, sample)) + len(documents)  # and separators
     tokens = min(tokens, config.max_tokens or tokens)
     held_out = round(tokens * (config.validation_fraction + config.test_fraction))
     return Corpus(tokens - held_out, held_out, characters, estimated=True)
-
-
-def measure_machine(device: str, out: Path) -> Machine:
-    """Free disk where `out` will be, free memory, and the rate of a matrix product."""
-    import torch
-
-    from memdec.modeling.loading import pick_device
-
-    picked = pick_device(device)
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    gpu_memory = torch.cuda.mem_get_info(picked)[0] if picked.type == "cuda" else 0
-    rates = {name: _rate(picked, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    return Machine(picked.type, shutil.disk_usage(existing).free, _free_memory(), gpu_memory, rates)
-
-
-def _free_memory() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
-    except (OSError, StopIteration):  # not Linux: all of it
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _rate(device: Any, dtype: Any) -> float:
-    """Operations a second of a square matrix product, the best of three."""
-    import torch
-
-    size = 8192 if device.type == "cuda" else 1024
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(seconds)
 
 
 def misfits(needs: list[Need], machine: Machine) -> Iterator[str]:
@@ -118,8 +82,8 @@ def misfits(needs: list[Need], machine: Machine) -> Iterator[str]:
     kept = 0
     for need in needs:
         if kept + need.disk + need.working_disk > machine.disk:
-            found = f"{need.stage} needs {_size(kept + need.disk + need.working_disk)} of disk"
-            yield f"{found} with the stages before it, {_size(machine.disk)} are free; {_less_disk(needs)}"
+            found = f"{need.stage} needs {show_bytes(kept + need.disk + need.working_disk)} of disk"
+            yield f"{found} with the stages before it, {show_bytes(machine.disk)} are free; {_less_disk(needs)}"
             break
         kept += need.disk
     for need in needs:
@@ -129,7 +93,7 @@ def misfits(needs: list[Need], machine: Machine) -> Iterator[str]:
         ):
             if wanted > free:
                 yield (
-                    f"{need.stage} needs {_size(wanted)} of {what}, {_size(free)} are free; "
+                    f"{need.stage} needs {show_bytes(wanted)} of {what}, {show_bytes(free)} are free; "
                     + _LESS_MEMORY[need.stage]
                 )
 
@@ -164,8 +128,8 @@ def _print_table(needs: list[Need], corpus: Corpus, machine: Machine) -> None:
     known = "about " if corpus.estimated else ""
     table = Table(
         title=f"{known}{corpus.train:,} train and {corpus.held_out:,} held-out tokens",
-        caption=f"free: {_size(machine.disk)} of disk, {_size(machine.memory)} of memory, "
-        f"{_size(machine.gpu_memory)} of GPU memory; times are rough",
+        caption=f"free: {show_bytes(machine.disk)} of disk, {show_bytes(machine.memory)} of memory, "
+        f"{show_bytes(machine.gpu_memory)} of GPU memory; times are rough",
         box=SIMPLE_HEAD,
         pad_edge=False,
         title_justify="left",
@@ -174,24 +138,19 @@ def _print_table(needs: list[Need], corpus: Corpus, machine: Machine) -> None:
     table.add_column("")
     for header in ("disk", "while running", "memory", "GPU", "time"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
     total = Need("all", sum(n.disk for n in needs), 0, 0, sum(n.seconds for n in needs))
     for need in [*needs, total]:
         sizes = (need.disk, need.working_disk, need.memory, need.gpu_memory)
         table.add_row(
             need.stage,
-            *(_size(size) if size else "" for size in sizes),
+            *(show_bytes(size) if size else "" for size in sizes),
             _duration(need.seconds),
-            need.note,
         )
-    Console().print(table)
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"
+    console = Console()
+    console.print(table)
+    for need in needs:
+        if need.note:
+            console.print(f"{need.stage}: {need.note}", highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,13 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     ["memdec.training.trainer", "memdec.training.distill", "memdec.data.sources"]
 )
+
+# So that a tiny corpus has many files, between which a kill can fall.
+_SMALL_SHARDS = {
+    "memdec.data.corpus": ("SHARD_TOKENS", 300),
+    "memdec.data.datastore": ("SHARD_POSITIONS", 160),
+    "memdec.data.targets": ("SHARD_ROWS", 128),
+}
 
 # The moments: the n-th call of one of these is not reached.
 MOMENTS = ("forward pass", "part of a checkpoint", "rename", "result", "manifest")
@@ -32,7 +40,7 @@ def run_killed(
 
 
 def start_stage(stage: Callable[[Any, Path], object], config: Any, out: Path) -> BaseProcess:
-    """Starts the stage in a process with one thread, whose words are nobody's."""
+    """Starts the stage in a process with one thread and small shards, whose words are nobody's."""
     process = _SERVER.Process(target=_run_quietly, args=(stage, config, out))
     process.start()
     return process
@@ -42,6 +50,8 @@ def _run_quietly(stage: Callable[[Any, Path], object], config: Any, out: Path) -
     import torch
 
     torch.set_num_threads(1)
+    for module, (name, value) in _SMALL_SHARDS.items():
+        setattr(importlib.import_module(module), name, value)
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),

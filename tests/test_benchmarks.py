@@ -41,3 +41,18 @@ def test_indexes(tiny, tmp_path):
     assert all_lists["recall"] > 0.99
     assert exact["perplexity"] < result["teacher_perplexity"]
     assert shown.endswith(run("table.py", tmp_path / "now.json"))
+
+
+def test_goals_against_other_contenders(tmp_path):
+    def bench(contender: str, seconds: float, **more: object) -> dict:
+        extra = {"op": "op", "case": "case", "contender": contender, **more}
+        extra |= {"floor_bytes": 4_000_000, "bandwidth": 1e9}  # 4 ms
+        return {"stats": {"median": seconds}, "extra_info": extra}
+
+    goal = {"times_eager": 7, "times_dense": 15, "share": 0.4}
+    machine = {"device": "some", "torch": "2", "python": "3", "threads": 2, "kernel_sources": "0"}
+    found = [bench("eager", 0.08), bench("dense eager", 0.14), bench("memdec", 0.01, goal=goal)]
+    result = {"machine_info": machine, "benchmarks": found}
+    (tmp_path / "now.json").write_text(json.dumps(result))
+    last = run("table.py", tmp_path / "now.json").splitlines()[-1]
+    assert last.endswith("| 0.40 | 8.0 x | 7 x eager, 15 x dense eager, 0.40 | yes, no, yes |")

@@ -2,22 +2,32 @@
 
 pytest -m slow tests/test_faults.py -s                            # a few kills a stage, logged
 MEMDEC_TEST_KILLS=50 pytest -m slow tests/test_faults.py -s
+MEMDEC_TEST_FAULT_LOG=faults.json ...                             # and a line a stage in a file
+
+The file is printed as a table by ``python benchmarks/table.py faults.json``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from cpuinfo import get_cpu_info  # of pytest-benchmark
 from killed import contents, start_stage
 
 from memdec.data.corpus import PrepareConfig, prepare
@@ -49,6 +59,10 @@ def stages(tiny) -> dict[str, tuple[Stage, Any]]:
         ),
         "adapt": (adapt, AdaptConfig(model=tiny.model, block_size=tiny.block_size, **training)),
         "datastore": (datastore, DatastoreConfig(**keyed)),
+        "index, no keys": (
+            datastore,
+            DatastoreConfig(index="IVF8,SQfp16", keep_keys=False, **keyed),
+        ),
         "targets": (targets, TargetsConfig(model=tiny.model, **searched)),
         "mixture": (
             targets,
@@ -63,7 +77,31 @@ def stages(tiny) -> dict[str, tuple[Stage, Any]]:
     }
 
 
-NAMES = ("prepare", "adapt", "datastore", "targets", "mixture", "neighbours", "train", "eval")
+needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no FAISS")
+
+NAMES = (
+    *("prepare", "adapt", "datastore", pytest.param("index, no keys", marks=needs_faiss)),
+    *("targets", "mixture", "neighbours", "train", "eval"),
+)
+
+
+@pytest.fixture(scope="module")
+def log() -> Iterator[dict[str, Any]]:
+    """A record a stage; written to the file that MEMDEC_TEST_FAULT_LOG names, passed or not."""
+    records: dict[str, Any] = {}
+    yield records
+    if records and (path := os.environ.get("MEMDEC_TEST_FAULT_LOG")):
+        machine = {
+            "device": f"{get_cpu_info().get('brand_raw', platform.machine())}, 1 thread",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+        text = json.dumps({"machine_info": machine, "faults": records}, indent=1)
+        numbers = re.compile(r"\[\s+([^\[\]]*?)\s+\]")  # a kill in one line
+        Path(path).write_text(
+            numbers.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+        )
 
 
 def finish(process: BaseProcess) -> None:
@@ -81,35 +119,52 @@ def undisturbed(stage: Stage, config: Any, out: Path) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, name):
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tiny, tmp_path, name, log):
     stage, config = stages(tiny)[name]
     seconds = undisturbed(stage, config, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
+    kills: list[tuple[float, int]] = []
+    record = log[name] = {
+        "seconds": round(seconds, 3),
+        "files": len(json.loads((tmp_path / "whole" / "manifest.json").read_text())["files"]),
+        "kills": kills,  # seconds after the start, and files finished by then
+        "ends": 0,
+        "same_bytes": False,
+    }
+
+    def end(out: Path) -> None:
+        assert contents(out) == expected
+        record["ends"] += 1
+
     generator = random.Random(name)
-    kills = wholes = 0
-    while kills < KILLS:
-        out = tmp_path / f"killed-{wholes}"
+    while len(kills) < KILLS:
+        out = tmp_path / f"killed-{record['ends']}"
         process = start_stage(stage, config, out)
-        time.sleep(generator.uniform(0, seconds))
+        wait = generator.uniform(0, seconds)
+        time.sleep(wait)
         process.kill()
         process.join()
-        if process.exitcode == -signal.SIGKILL:
-            kills += 1
+        killed = process.exitcode == -signal.SIGKILL
+        if killed:
+            kills.append((round(wait, 3), finished_files(out)))
         else:  # it had reached the end
             assert process.exitcode == 0
-            assert contents(out) == expected
-            shutil.rmtree(out)
-            wholes += 1
-        if process.exitcode and generator.random() < 0.3:  # and so that the start is hit again
+            end(out)
+        if killed and generator.random() < 0.3:  # and so that the start is hit again
             finish(start_stage(stage, config, out))
-            assert contents(out) == expected
-            shutil.rmtree(out)
-            wholes += 1
+            end(out)
     finish(start_stage(stage, config, out))
-    assert contents(out) == expected
-    print(
-        f"{name}: {kills} kills within {seconds:.2f} s, {wholes + 1} ends, all with the same bytes"
-    )
+    end(out)
+    record["same_bytes"] = True
+    print(f"{name}: {len(kills)} kills within {seconds:.2f} s, {record['ends']} ends, all the same")
+
+
+def finished_files(out: Path) -> int:
+    """How many files a run counts as finished, in whatever state it was killed."""
+    for record in ("manifest.json", "progress.json"):
+        if (out / record).exists():
+            return len(json.loads((out / record).read_text())["files"])
+    return 0
 
 
 @pytest.mark.parametrize("name", NAMES)

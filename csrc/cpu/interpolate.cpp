@@ -72,21 +72,26 @@ struct Forward {
     return state;
   }
 
-  Partial measure(const Row& state, int64_t begin, int64_t end) const {
+  // The exponentials of the base's columns, then of the memory's.
+  int64_t kept_floats() const { return 2; }
+
+  Partial measure(const Row& state, int64_t begin, int64_t end, float* kept) const {
     Partial partial;
-    ChunkBuffer buffer;
+    const bool keep = state.base.used && state.memory.used;
     const int64_t base_end = smaller(end, args.vocab);
     if (state.base.used && begin < base_end) {
-      const float* x = read_chunk(args.base, state.row, begin, base_end, args.vocab, buffer);
-      partial.base = measure_exp_sum(x, base_end - begin, begin, 1.f,
-                                     upcoming(args.base, state.row, begin + kChunk));
+      partial.base =
+          measure_exp_sum(args.base, state.row, begin, base_end, 1.f, keep ? kept : nullptr);
     }
+    kept += larger<int64_t>(0, base_end - begin);
     const int64_t memory_end = smaller(end, memory_limit(args));
     if (state.memory.used && begin < memory_end) {
-      const float* x =
-          read_chunk(args.memory, state.row, begin, memory_end, args.memory.cols, buffer);
-      partial.memory = measure_exp_sum(x, memory_end - begin, begin, args.inv_temperature,
-                                       upcoming(args.memory, state.row, begin + kChunk));
+      partial.memory = measure_exp_sum(args.memory, state.row, begin, memory_end,
+                                       args.inv_temperature, keep ? kept : nullptr);
+    }
+    // What the memory lacks.
+    for (int64_t column = larger(begin, memory_end); keep && column < base_end; ++column) {
+      kept[column - begin] = 0.f;
     }
     return partial;
   }
@@ -110,25 +115,23 @@ struct Forward {
     }
   }
 
-  void write(const Row& state, int64_t begin, int64_t end) const {
+  void write(const Row& state, int64_t begin, int64_t end, const Partial& partial,
+             const float* kept) const {
     const int64_t stop = larger(begin, smaller(end, args.vocab));
     if (!state.valid) {
       fill_chunk(args.out, state.row, begin, stop, kNaN);
       return fill_chunk(args.out, state.row, stop, end, -kInfinity);
     }
-    ChunkBuffer base_buffer, memory_buffer, out_buffer;
-    float* out = chunk_target(args.out, state.row, begin, out_buffer);
+    ChunkBuffer buffer;
+    float* out = chunk_target(args.out, state.row, begin, buffer);
     if (state.base.used && state.memory.used) {
-      const float* base = read_chunk(args.base, state.row, begin, stop, args.vocab, base_buffer);
-      const float* memory =
-          read_chunk(args.memory, state.row, begin, stop, memory_limit(args), memory_buffer);
-      mix(state, base, memory, stop - begin, out);
+      mix(state, partial, kept, begin, stop, out);
     } else {
       const Model& model = state.base.used ? state.base : state.memory;
       const float* x =
           state.base.used
-              ? read_chunk(args.base, state.row, begin, stop, args.vocab, base_buffer)
-              : read_chunk(args.memory, state.row, begin, stop, memory_limit(args), memory_buffer);
+              ? read_chunk(args.base, state.row, begin, stop, args.vocab, buffer)
+              : read_chunk(args.memory, state.row, begin, stop, memory_limit(args), buffer);
       for_each_vector(stop - begin, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
         store(out + i, weighted_log_prob(model, load(x + i, lanes)), lanes);
       });
@@ -137,31 +140,51 @@ struct Forward {
     fill_chunk(args.out, state.row, stop, end, -kInfinity);
   }
 
-  template <int kVectors>
-  static MEMDEC_INLINE void mix_vectors(const Row& state, const float* base, const float* memory,
-                                        int lanes, float* out) {
-    Vec high[kVectors], gap[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      const Vec b = weighted_log_prob(state.base, load(base + j * kLanes, lanes));
-      const Vec m = weighted_log_prob(state.memory, load(memory + j * kLanes, lanes));
-      high[j] = vec_max(b, m);
-      // -inf twice: the gap is -inf, not NaN, and the result -inf.
-      gap[j] = vec_min(b, m) - vec_max(splat(-kLargest), high[j]);
-    }
-    for (int j = 0; j < kVectors; ++j) gap[j] = vec_exp(gap[j]);
-    for (int j = 0; j < kVectors; ++j) {
-      store(out + j * kLanes, high[j] + vec_log1p_unit(gap[j]), lanes);
+  // Columns whose results are made again from the logits where one of them is too small.
+  static constexpr int64_t kMixed = 512;
+  // Below this, exponentials that were flushed to 0 may matter. Far above the smallest float32.
+  static constexpr float kLeastProb = 1e-30f;
+
+  void mix(const Row& state, const Partial& partial, const float* kept, int64_t begin, int64_t stop,
+           float* out) const {
+    const float base_scale = chunk_scale(state.base, partial.base);
+    const float memory_scale = chunk_scale(state.memory, partial.memory);
+    const float* const base = kept;
+    const float* const memory = kept + (stop - begin);
+    for (int64_t from = 0; from < stop - begin; from += kMixed) {
+      const int64_t count = smaller(kMixed, stop - begin - from);
+      Vec least = splat(1.f);
+      for_each_vector(count, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+        const Vec prob = load(base + from + i, lanes, 1.f) * base_scale +
+                         load(memory + from + i, lanes, 1.f) * memory_scale;
+        least = vec_min(least, prob);
+        store(out + from + i, vec_log(prob), lanes);
+      });
+      if (any(least < kLeastProb)) {
+        mix_logs(state, begin + from, begin + from + count, out + from);
+      }
     }
   }
 
-  static void mix(const Row& state, const float* base, const float* memory, int64_t n, float* out) {
-    // Two vectors side by side, since one is a long chain of operations that wait for each other.
-    int64_t done = 0;
-    for (; done + 2 * kLanes <= n; done += 2 * kLanes) {
-      mix_vectors<2>(state, base + done, memory + done, kLanes, out + done);
-    }
-    for_each_vector(n - done, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-      mix_vectors<1>(state, base + done + i, memory + done + i, lanes, out + done + i);
+  // What turns a chunk's exponentials into weighted probabilities.
+  static float chunk_scale(const Model& model, const ExpSum& sum) {
+    const double gap = static_cast<double>(sum.max) - static_cast<double>(model.max);
+    return static_cast<float>(::exp(gap * model.inv_temperature + model.offset));
+  }
+
+  // From the logits, by the logs of the probabilities, which any of them has.
+  void mix_logs(const Row& state, int64_t begin, int64_t end, float* out) const {
+    ChunkBuffer base_buffer, memory_buffer;
+    const float* base = read_chunk(args.base, state.row, begin, end, args.vocab, base_buffer);
+    const float* memory =
+        read_chunk(args.memory, state.row, begin, end, memory_limit(args), memory_buffer);
+    for_each_vector(end - begin, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+      const Vec b = weighted_log_prob(state.base, load(base + i, lanes));
+      const Vec m = weighted_log_prob(state.memory, load(memory + i, lanes));
+      const Vec high = vec_max(b, m);
+      // -inf twice: the gap is -inf, not NaN, and the result -inf.
+      const Vec gap = vec_min(b, m) - vec_max(splat(-kLargest), high);
+      store(out + i, high + vec_log(1.f + vec_exp(gap)), lanes);
     });
   }
 
@@ -232,12 +255,9 @@ struct Backward {
   RowStats measure_row(const RowsView& view, int64_t row, int64_t limit,
                        float inv_temperature) const {
     ExpSum sum;
-    ChunkBuffer buffer;
     for (int64_t begin = 0; begin < limit; begin += kChunk) {
       const int64_t end = smaller(limit, begin + kChunk);
-      const float* x = read_chunk(view, row, begin, end, limit, buffer);
-      const ExpSum next = measure_exp_sum(x, end - begin, begin, inv_temperature,
-                                          upcoming(view, row, begin + kChunk));
+      const ExpSum next = measure_exp_sum(view, row, begin, end, inv_temperature);
       fold_exp_sum(sum, next, inv_temperature);
     }
     return row_stats(sum);
@@ -305,7 +325,9 @@ struct Backward {
     return result;
   }
 
-  Partial measure(const Row& state, int64_t begin, int64_t end) const {
+  int64_t kept_floats() const { return 0; }
+
+  Partial measure(const Row& state, int64_t begin, int64_t end, float*) const {
     Partial partial;
     end = smaller(end, args.vocab);
     if (begin >= end) return partial;
@@ -382,7 +404,7 @@ struct Backward {
     args.grad_lmbda[state.row] = static_cast<float>(result);
   }
 
-  void write(const Row& state, int64_t begin, int64_t end) const {
+  void write(const Row& state, int64_t begin, int64_t end, const Partial&, const float*) const {
     const int64_t base_stop = write_special(args.grad_base, state.row, begin, end, args.vocab,
                                             state.base.used, state.base_valid);
     const int64_t memory_stop =
@@ -463,13 +485,11 @@ struct Backward {
 }  // namespace
 
 Status interpolate(const InterpolateArgs& args, int threads) {
-  run_rows(Forward{args}, args.rows, args.base.cols, threads);
-  return {};
+  return run_rows(Forward{args}, args.rows, args.base.cols, threads);
 }
 
 Status interpolate_backward(const InterpolateBackwardArgs& args, int threads) {
-  run_rows(Backward{args}, args.rows, larger(args.base.cols, args.memory.cols), threads);
-  return {};
+  return run_rows(Backward{args}, args.rows, larger(args.base.cols, args.memory.cols), threads);
 }
 
 }  // namespace memdec::cpu::MEMDEC_SIMD_LEVEL

@@ -1,9 +1,5 @@
 // k neighbours of each row to one sparse distribution: softmax of -distance / temperature, equal
 // tokens summed in a hash table, entries by falling probability.
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "common/kernels.h"
 #include "cpu/rows.h"
 
@@ -102,11 +98,7 @@ struct Scatter {
     if (args.k == 0) return;
     const char* distances = static_cast<const char*>(args.distances) +
                             row * args.distance_stride * element_size(args.distance_dtype);
-    if (args.distance_dtype == DType::kFloat32) {
-      __builtin_memcpy(work.weights, distances, args.k * sizeof(float));
-    } else {
-      widen(distances, args.distance_dtype, args.k, work.weights);
-    }
+    widen(distances, args.distance_dtype, args.k, work.weights);
     if (args.tokens_are_int64) {
       const int64_t* tokens = static_cast<const int64_t*>(args.tokens) + row * args.token_stride;
       for (int64_t i = 0; i < args.k; ++i) {
@@ -234,14 +226,6 @@ struct Scatter {
     }
   }
 };
-
-int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 }  // namespace
 

@@ -17,15 +17,35 @@ struct ExpSum {
   double tail = 0;        // sum of exp((x - max) * inv_temperature) where x < max; NaN if any x is
 };
 
-template <bool kHasMax>
+// The maximum; numbers that are not float32 go to `wide` as such.
+template <DType kType>
+inline float block_max(const char* x, int64_t n, float* wide) {
+  Vec max[4] = {splat(-kLargest), splat(-kLargest), splat(-kLargest), splat(-kLargest)};
+  const auto join = [&](Vec& joined, int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+    const Vec value = load_as<kType>(x, i, lanes, -kInfinity);
+    if constexpr (kType != DType::kFloat32) store(wide + i, value, lanes);
+    joined = vec_max(value, joined);  // NaN is lost here and found by the sum
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) join(max[j], i + j * kLanes, kLanes);
+  }
+  for (; i < n; i += kLanes) join(max[0], i, static_cast<int>(smaller<int64_t>(kLanes, n - i)));
+  return horizontal_max(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
+}
+
+// `kept` gets the exponentials where kKeep, and may be x; inv_temperature counts where kScaled.
+// `upcoming` is fetched into the cache, kBytes a column.
+template <int kBytes, bool kScaled, bool kKeep, bool kHasMax>
 inline void add_block(const float* x, int64_t n, float max, float inv_temperature,
-                      const Upcoming& next, int64_t next_column, ExpSum& sum) {
+                      const char* upcoming, float* kept, ExpSum& sum) {
   Vec tail = {};
   IntVec max_lanes = {};
   for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-    next.prefetch(next_column + i);
+    __builtin_prefetch(upcoming + i * kBytes);
     const Vec value = load(x + i, lanes, -kInfinity);
-    const Vec term = vec_exp((value - max) * inv_temperature);
+    const Vec term = vec_exp(kScaled ? (value - max) * inv_temperature : value - max);
+    if constexpr (kKeep) store(kept + i, term, lanes);
     if constexpr (kHasMax) {
       const IntVec is_max = value == max;
       max_lanes -= is_max;
@@ -40,35 +60,47 @@ inline void add_block(const float* x, int64_t n, float max, float inv_temperatur
   }
 }
 
-// n <= kChunk columns; `begin` is the first one's number and `next` what will be read after them:
-// finding the maximum waits for memory, the sum does not and can fetch ahead.
-inline ExpSum measure_exp_sum(const float* x, int64_t n, int64_t begin, float inv_temperature,
-                              const Upcoming& next) {
+template <DType kType, bool kScaled, bool kKeep>
+inline ExpSum measure_columns(const char* x, int64_t n, float inv_temperature, float* kept) {
+  constexpr int kBytes = kElementSize<kType>;
   ExpSum sum;
-  sum.max_chunk = begin;
-  float block_max[kChunk / kBlock];
-  for (int64_t block = 0; block * kBlock < n; ++block) {
-    const float* from = x + block * kBlock;
-    Vec max[4] = {splat(-kLargest), splat(-kLargest), splat(-kLargest), splat(-kLargest)};
-    const int64_t count = smaller(kBlock, n - block * kBlock);
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      for (int j = 0; j < 4; ++j) {
-        // NaN is lost here and found by the sum.
-        max[j] = vec_max(load(from + i + j * kLanes, kLanes), max[j]);
-      }
-    }
-    for_each_vector(count - i, [&](int64_t rest, int lanes) MEMDEC_VECTOR_BODY {
-      max[0] = vec_max(load(from + i + rest, lanes, -kInfinity), max[0]);
-    });
-    block_max[block] = horizontal_max(vec_max(vec_max(max[0], max[1]), vec_max(max[2], max[3])));
-    sum.max = larger(sum.max, block_max[block]);
+  ChunkBuffer buffer;
+  float* const wide = kKeep ? kept : buffer.values;
+  float maxima[kChunk / kBlock];
+  for (int64_t from = 0; from < n; from += kBlock) {
+    const float max = block_max<kType>(x + from * kBytes, smaller(kBlock, n - from), wide + from);
+    maxima[from / kBlock] = max;
+    sum.max = larger(sum.max, max);
   }
+  const float* values = kType == DType::kFloat32 ? reinterpret_cast<const float*>(x) : wide;
   for (int64_t from = 0; from < n; from += kBlock) {
     const int64_t count = smaller(kBlock, n - from);
-    const auto add = block_max[from / kBlock] == sum.max ? add_block<true> : add_block<false>;
-    add(x + from, count, sum.max, inv_temperature, next, from, sum);
+    // Finding the maximum waits for memory, the sum does not and can fetch the next chunk. That may
+    // lie beyond the row: it is never read.
+    const char* upcoming = x + (from + kChunk) * kBytes;
+    const auto add = maxima[from / kBlock] == sum.max ? add_block<kBytes, kScaled, kKeep, true>
+                                                      : add_block<kBytes, kScaled, kKeep, false>;
+    add(values + from, count, sum.max, inv_temperature, upcoming, kKeep ? kept + from : nullptr,
+        sum);
   }
+  return sum;
+}
+
+// Columns [begin, end) of a row, at most kChunk and none beyond its width. Where `kept` is not
+// null it gets exp((x - max) * inv_temperature) of each, with the maximum of these columns.
+inline ExpSum measure_exp_sum(const RowsView& view, int64_t row, int64_t begin, int64_t end,
+                              float inv_temperature, float* kept = nullptr) {
+  const char* x = row_address(view, row) + begin * element_size(view.dtype);
+  ExpSum sum = with_dtype(view.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::kType;
+    const auto plain = kept != nullptr ? measure_columns<kType, false, true>
+                                       : measure_columns<kType, false, false>;
+    const auto scaled =
+        kept != nullptr ? measure_columns<kType, true, true> : measure_columns<kType, true, false>;
+    const auto measure = inv_temperature == 1.f ? plain : scaled;
+    return measure(x, end - begin, inv_temperature, kept);
+  });
+  sum.max_chunk = begin;
   return sum;
 }
 

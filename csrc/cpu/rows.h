@@ -1,9 +1,14 @@
 // Rows of logits as float32 chunks, and the loop over rows that every kernel on logits shares.
 #pragma once
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include <new>
 
 #include "common/args.h"
+#include "common/status.h"
 #include "cpu/simd.h"
 
 namespace memdec::cpu::MEMDEC_SIMD_LEVEL {
@@ -25,35 +30,63 @@ inline char* row_address(const RowsView& view, int64_t row) {
   return static_cast<char*>(view.data) + elements * element_size(view.dtype);
 }
 
-// n float16 or bfloat16 numbers at `from` to float32.
-inline void widen(const char* from, DType dtype, int64_t n, float* to) {
-  const auto convert = [&](auto convert_vector) MEMDEC_VECTOR_BODY {
-    for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-      HalfVec half = {};
-      __builtin_memcpy(&half, from + 2 * i, 2 * lanes);
-      store(to + i, convert_vector(half), lanes);
-    });
-  };
-  if (dtype == DType::kFloat16) {
-    convert([](HalfVec half) MEMDEC_VECTOR_BODY { return from_float16(half); });
+template <DType kType>
+constexpr int64_t kElementSize = kType == DType::kFloat32 ? 4 : 2;
+
+// Elements i and following of numbers at `from` as float32; the other lanes hold `fill`.
+template <DType kType>
+MEMDEC_INLINE Vec load_as(const char* from, int64_t i, int lanes, float fill = 0.f) {
+  if constexpr (kType == DType::kFloat32) {
+    return load(reinterpret_cast<const float*>(from) + i, lanes, fill);
   } else {
-    convert([](HalfVec half) MEMDEC_VECTOR_BODY { return from_bfloat16(half); });
+    HalfVec half = {};
+    __builtin_memcpy(&half, from + 2 * i, 2 * lanes);
+    Vec result = kType == DType::kFloat16 ? from_float16(half) : from_bfloat16(half);
+    for (int lane = lanes; lane < kLanes; ++lane) result[lane] = fill;
+    return result;
   }
 }
 
-// n float32 numbers at `from` rounded to float16 or bfloat16.
-inline void narrow(const float* from, int64_t n, DType dtype, char* to) {
-  const auto convert = [&](auto convert_vector) MEMDEC_VECTOR_BODY {
-    for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-      const HalfVec half = convert_vector(load(from + i, lanes));
-      __builtin_memcpy(to + 2 * i, &half, 2 * lanes);
-    });
-  };
-  if (dtype == DType::kFloat16) {
-    convert([](Vec x) MEMDEC_VECTOR_BODY { return to_float16(x); });
+// Rounds to elements i and following at `to`.
+template <DType kType>
+MEMDEC_INLINE void store_as(char* to, int64_t i, Vec value, int lanes) {
+  if constexpr (kType == DType::kFloat32) {
+    store(reinterpret_cast<float*>(to) + i, value, lanes);
   } else {
-    convert([](Vec x) MEMDEC_VECTOR_BODY { return to_bfloat16(x); });
+    const HalfVec half = kType == DType::kFloat16 ? to_float16(value) : to_bfloat16(value);
+    __builtin_memcpy(to + 2 * i, &half, 2 * lanes);
   }
+}
+
+template <DType type>
+struct DTypeTag {
+  static constexpr DType kType = type;
+};
+
+// f(DTypeTag<dtype>{}): makes the dtype a constant.
+template <class F>
+MEMDEC_INLINE auto with_dtype(DType dtype, F f) {
+  if (dtype == DType::kFloat16) return f(DTypeTag<DType::kFloat16>{});
+  if (dtype == DType::kBFloat16) return f(DTypeTag<DType::kBFloat16>{});
+  return f(DTypeTag<DType::kFloat32>{});
+}
+
+// n numbers at `from` to float32.
+inline void widen(const char* from, DType dtype, int64_t n, float* to) {
+  with_dtype(dtype, [&](auto type) {
+    for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+      store(to + i, load_as<decltype(type)::kType>(from, i, lanes), lanes);
+    });
+  });
+}
+
+// n float32 numbers at `from`, rounded.
+inline void narrow(const float* from, int64_t n, DType dtype, char* to) {
+  with_dtype(dtype, [&](auto type) {
+    for_each_vector(n, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+      store_as<decltype(type)::kType>(to, i, load(from + i, lanes), lanes);
+    });
+  });
 }
 
 // Columns [begin, end) of a row as float32, in `buffer` unless they already are. Columns from
@@ -63,29 +96,9 @@ inline const float* read_chunk(const RowsView& view, int64_t row, int64_t begin,
   const char* from = row_address(view, row) + begin * element_size(view.dtype);
   if (view.dtype == DType::kFloat32 && end <= limit) return reinterpret_cast<const float*>(from);
   const int64_t present = larger<int64_t>(0, smaller(end, limit) - begin);
-  if (view.dtype != DType::kFloat32) {
-    widen(from, view.dtype, present, buffer.values);
-  } else if (present > 0) {
-    __builtin_memcpy(buffer.values, from, 4 * present);
-  }
+  widen(from, view.dtype, present, buffer.values);
   for (int64_t i = present; i < end - begin; ++i) buffer.values[i] = -kInfinity;
   return buffer.values;
-}
-
-// The memory of a row from `begin` on, to be fetched into the cache while something else is
-// computed. It may lie beyond the row: it is never read.
-struct Upcoming {
-  const char* data;
-  int64_t column_bytes;
-
-  MEMDEC_INLINE void prefetch(int64_t column) const {
-    __builtin_prefetch(data + column * column_bytes);
-  }
-};
-
-inline Upcoming upcoming(const RowsView& view, int64_t row, int64_t begin) {
-  const int64_t size = element_size(view.dtype);
-  return {row_address(view, row) + begin * size, size};
 }
 
 // Where to put float32 results of columns from `begin` on, before write_chunk: the row itself if
@@ -116,103 +129,128 @@ inline void fill_chunk(const RowsView& view, int64_t row, int64_t begin, int64_t
 inline float read_one(const RowsView& view, int64_t row, int64_t column) {
   const char* from = row_address(view, row) + column * element_size(view.dtype);
   float result;
-  if (view.dtype == DType::kFloat32) {
-    __builtin_memcpy(&result, from, 4);
-  } else {
-    widen(from, view.dtype, 1, &result);
-  }
+  widen(from, view.dtype, 1, &result);
   return result;
 }
 
 inline void write_one(const RowsView& view, int64_t row, int64_t column, float value) {
   char* to = row_address(view, row) + column * element_size(view.dtype);
-  if (view.dtype == DType::kFloat32) {
-    __builtin_memcpy(to, &value, 4);
-  } else {
-    narrow(&value, 1, view.dtype, to);
-  }
+  narrow(&value, 1, view.dtype, to);
 }
 
 // An array without initial values that is null when memory runs out.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(new (std::nothrow) T[size]) {}
-  ~Scratch() { delete[] data_; }
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(operator new(size * sizeof(T), kAlignment, std::nothrow))) {}
+  ~Scratch() { operator delete(data_, kAlignment); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* data() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};  // a cache line, and a vector of AVX-512
   T* data_;
 };
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // Less work than this is done by the calling thread: waking the others takes longer.
 constexpr int64_t kSerialElements = 16384;
 
 // Runs a job on rows of `cols` columns. A job has plain structs Row and Partial and
+//   int64_t kept_floats()                   how many floats a column it keeps between the passes
 //   Row begin(row)                          before the row is read
-//   Partial measure(const Row&, begin, end) reads a chunk of columns
+//   Partial measure(const Row&, begin, end, kept)         reads a chunk of columns
 //   void fold(Row&, const Partial&)         takes the chunks' results in order of columns
 //   void measured(Row&)                     after the last of them
-//   void write(const Row&, begin, end)      writes a chunk
+//   void write(const Row&, begin, end, partial, kept)     writes a chunk
 //   void finish(const Row&)                 after the last of them
+// `write` gets what `measure` returned for the chunk and what it left in `kept`, an array of
+// kChunk floats for each that the job keeps.
 // Threads take whole rows, or chunks when there are few rows. Results are the same bits for any
 // number of threads: chunks and the order of their sums do not depend on it.
 template <class Job>
-void run_rows(const Job& job, int64_t rows, int64_t cols, int threads) {
+Status run_rows(const Job& job, int64_t rows, int64_t cols, int threads) {
   using Row = typename Job::Row;
   using Partial = typename Job::Partial;
   const int64_t chunks = (cols + kChunk - 1) / kChunk;
   const auto chunk_end = [cols](int64_t chunk) { return smaller(cols, (chunk + 1) * kChunk); };
   if (rows * cols < kSerialElements) threads = 1;
 
-  if (threads > 1 && chunks > 1 && rows < 4 * threads) {
-    Scratch<Row> states(rows);
-    Scratch<Partial> partials(rows * chunks);
-    if (states.data() != nullptr && partials.data() != nullptr) {
-      Row* const state = states.data();
-      Partial* const partial = partials.data();
-      for (int64_t row = 0; row < rows; ++row) state[row] = job.begin(row);
+  const bool split_rows = threads > 1 && chunks > 1 && rows < 4 * threads;
+  if (!split_rows) threads = static_cast<int>(smaller<int64_t>(threads, rows));
+  const int64_t slots = smaller<int64_t>(rows, threads);  // rows at work at the same time
+  const int64_t kept_chunk = job.kept_floats() * (chunks == 1 ? (cols + 15) / 16 * 16 : kChunk);
+  const Scratch<Row> states(slots);
+  const Scratch<Partial> partials(slots * chunks);
+  const Scratch<float> kept_floats(slots * chunks * kept_chunk);
+  Row* const state = states.data();
+  Partial* const partial = partials.data();
+  float* const kept = kept_floats.data();
+  if (state == nullptr || partial == nullptr || kept == nullptr) {
+    return {"no memory for a row of numbers on each thread"};
+  }
+
+  if (split_rows) {
 #pragma omp parallel num_threads(threads)
-      {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * chunks; ++i) {
-          const int64_t chunk = i % chunks;
-          partial[i] = job.measure(state[i / chunks], chunk * kChunk, chunk_end(chunk));
-        }
+    for (int64_t first = 0; first < rows; first += slots) {
+      const int64_t count = smaller(slots, rows - first);
 #pragma omp single
-        for (int64_t row = 0; row < rows; ++row) {
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            job.fold(state[row], partial[row * chunks + chunk]);
-          }
-          job.measured(state[row]);
-        }
+      for (int64_t i = 0; i < count; ++i) state[i] = job.begin(first + i);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * chunks; ++i) {
-          const int64_t chunk = i % chunks;
-          job.write(state[i / chunks], chunk * kChunk, chunk_end(chunk));
-        }
+      for (int64_t i = 0; i < count * chunks; ++i) {
+        const int64_t chunk = i % chunks;
+        partial[i] =
+            job.measure(state[i / chunks], chunk * kChunk, chunk_end(chunk), kept + i * kept_chunk);
       }
-      for (int64_t row = 0; row < rows; ++row) job.finish(state[row]);
-      return;
+#pragma omp single
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          job.fold(state[i], partial[i * chunks + chunk]);
+        }
+        job.measured(state[i]);
+      }
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count * chunks; ++i) {
+        const int64_t chunk = i % chunks;
+        job.write(state[i / chunks], chunk * kChunk, chunk_end(chunk), partial[i],
+                  kept + i * kept_chunk);
+      }
+#pragma omp single
+      for (int64_t i = 0; i < count; ++i) job.finish(state[i]);
     }
+    return {};
   }
 
   // Rows differ in work (ignored ones have none), so threads take them as they go.
   [[maybe_unused]] const int64_t grain = 1 + kSerialElements / (4 * larger<int64_t>(cols, 1));
 #pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < rows; ++row) {
-    Row state = job.begin(row);
+    const int64_t first = thread_number() * chunks;
+    Row& own = state[thread_number()];
+    own = job.begin(row);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      job.fold(state, job.measure(state, chunk * kChunk, chunk_end(chunk)));
+      const int64_t i = first + chunk;
+      partial[i] = job.measure(own, chunk * kChunk, chunk_end(chunk), kept + i * kept_chunk);
+      job.fold(own, partial[i]);
     }
-    job.measured(state);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      job.write(state, chunk * kChunk, chunk_end(chunk));
+    job.measured(own);
+    // Backwards, since the last chunks are still in the nearest cache.
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      const int64_t i = first + chunk;
+      job.write(own, chunk * kChunk, chunk_end(chunk), partial[i], kept + i * kept_chunk);
     }
-    job.finish(state);
+    job.finish(own);
   }
+  return {};
 }
 
 }  // namespace memdec::cpu::MEMDEC_SIMD_LEVEL

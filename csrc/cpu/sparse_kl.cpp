@@ -100,11 +100,6 @@ GradientRow begin_gradient(const Args& args, int64_t row, const RowStats& stats,
 }
 
 template <class Args>
-void write_gradient(const Args& args, const GradientRow& gradient, int64_t begin, int64_t end) {
-  write_softmax_gradient(gradient.dense, args.logits, args.vocab, args.grad_logits, begin, end);
-}
-
-template <class Args>
 void finish_gradient(const Args& args, const GradientRow& gradient, const float* sparse) {
   if (gradient.dense.kind != SoftmaxGradient::kScaled) return;
   const int64_t row = gradient.dense.row;
@@ -149,9 +144,12 @@ struct Forward {
     return state;
   }
 
-  Partial measure(const Row& state, int64_t begin, int64_t end) const {
+  int64_t kept_floats() const { return sparse != nullptr ? 1 : 0; }
+
+  Partial measure(const Row& state, int64_t begin, int64_t end, float* kept) const {
     if (!state.counts) return {};
-    return measure_logits(args.logits, args.vocab, state.row, begin, end);
+    return measure_logits(args.logits, args.vocab, state.row, begin, end,
+                          sparse != nullptr ? kept : nullptr);
   }
 
   void fold(Row& state, const Partial& partial) const { fold_exp_sum(state.sum, partial, 1.f); }
@@ -193,8 +191,10 @@ struct Forward {
     return sum;
   }
 
-  void write(const Row& state, int64_t begin, int64_t end) const {
-    if (sparse != nullptr) write_gradient(args, state.gradient, begin, end);
+  void write(const Row& state, int64_t begin, int64_t end, const Partial& sum,
+             const float* kept) const {
+    if (sparse == nullptr) return;
+    write_kept_gradient(state.gradient.dense, sum, kept, args.vocab, args.grad_logits, begin, end);
   }
 
   void finish(const Row& state) const {
@@ -230,12 +230,13 @@ struct Backward {
     return begin_gradient(args, row, args.stats[row], upstream, sparse);
   }
 
-  Partial measure(const Row&, int64_t, int64_t) const { return {}; }
+  int64_t kept_floats() const { return 0; }
+  Partial measure(const Row&, int64_t, int64_t, float*) const { return {}; }
   void fold(Row&, const Partial&) const {}
   void measured(Row&) const {}
 
-  void write(const Row& state, int64_t begin, int64_t end) const {
-    write_gradient(args, state, begin, end);
+  void write(const Row& state, int64_t begin, int64_t end, const Partial&, const float*) const {
+    write_softmax_gradient(state.dense, args.logits, args.vocab, args.grad_logits, begin, end);
   }
 
   void finish(const Row& state) const { finish_gradient(args, state, sparse); }
@@ -248,20 +249,21 @@ struct Rescale {
   struct Partial {};
 
   Row begin(int64_t row) const { return row; }
-  Partial measure(Row, int64_t, int64_t) const { return {}; }
+  int64_t kept_floats() const { return 0; }
+  Partial measure(Row, int64_t, int64_t, float*) const { return {}; }
   void fold(Row&, const Partial&) const {}
   void measured(Row&) const {}
 
-  void write(Row row, int64_t begin, int64_t end) const {
+  void write(Row row, int64_t begin, int64_t end, const Partial&, const float*) const {
     const float factor = *args.grad_loss;
-    ChunkBuffer buffer;
-    const float* from =
-        read_chunk(args.grad_logits, row, begin, end, args.grad_logits.cols, buffer);
-    float* to = chunk_target(args.grad_logits, row, begin, buffer);
-    for_each_vector(end - begin, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
-      store(to + i, load(from + i, lanes) * factor, lanes);
+    const RowsView& grad = args.grad_logits;
+    char* const x = row_address(grad, row) + begin * element_size(grad.dtype);
+    with_dtype(grad.dtype, [&](auto type) {
+      constexpr DType kType = decltype(type)::kType;
+      for_each_vector(end - begin, [&](int64_t i, int lanes) MEMDEC_VECTOR_BODY {
+        store_as<kType>(x, i, load_as<kType>(x, i, lanes) * factor, lanes);
+      });
     });
-    write_chunk(args.grad_logits, row, begin, end, to);
   }
 
   void finish(Row) const {}
@@ -276,22 +278,21 @@ Status sparse_kl(const SparseKLArgs& args, int threads) {
   const Scratch<float> sparse(with_gradient ? args.targets.slots + args.rows : 0);
   if (sparse.data() == nullptr) return kNoMemory;
   const Forward job{args, loss_scale(args), with_gradient ? sparse.data() : nullptr};
-  run_rows(job, args.rows, with_gradient ? args.logits.cols : args.vocab, threads);
-  if (args.reduction != Reduction::kNone) job.reduce();
-  return {};
+  const int64_t cols = with_gradient ? args.logits.cols : args.vocab;
+  const Status status = run_rows(job, args.rows, cols, threads);
+  if (status.ok() && args.reduction != Reduction::kNone) job.reduce();
+  return status;
 }
 
 Status sparse_kl_backward(const SparseKLBackwardArgs& args, int threads) {
   const Scratch<float> sparse(args.targets.slots + args.rows);
   if (sparse.data() == nullptr) return kNoMemory;
-  run_rows(Backward{args, sparse.data()}, args.rows, args.logits.cols, threads);
-  return {};
+  return run_rows(Backward{args, sparse.data()}, args.rows, args.logits.cols, threads);
 }
 
 Status sparse_kl_rescale(const SparseKLRescaleArgs& args, int threads) {
   if (*args.grad_loss == 1.f) return {};
-  run_rows(Rescale{args}, args.rows, args.grad_logits.cols, threads);
-  return {};
+  return run_rows(Rescale{args}, args.rows, args.grad_logits.cols, threads);
 }
 
 }  // namespace memdec::cpu::MEMDEC_SIMD_LEVEL

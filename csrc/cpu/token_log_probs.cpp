@@ -22,7 +22,9 @@ struct Forward {
     return state;
   }
 
-  Partial measure(const Row& state, int64_t begin, int64_t end) const {
+  int64_t kept_floats() const { return 0; }
+
+  Partial measure(const Row& state, int64_t begin, int64_t end, float*) const {
     if (!state.read) return {};
     return measure_logits(args.logits, args.vocab, state.row, begin, end);
   }
@@ -42,7 +44,7 @@ struct Forward {
     if (args.stats != nullptr) args.stats[state.row] = stats;
   }
 
-  void write(const Row&, int64_t, int64_t) const {}
+  void write(const Row&, int64_t, int64_t, const Partial&, const float*) const {}
   void finish(const Row&) const {}
 };
 
@@ -73,11 +75,12 @@ struct Backward {
     return state;
   }
 
-  Partial measure(const Row&, int64_t, int64_t) const { return {}; }
+  int64_t kept_floats() const { return 0; }
+  Partial measure(const Row&, int64_t, int64_t, float*) const { return {}; }
   void fold(Row&, const Partial&) const {}
   void measured(Row&) const {}
 
-  void write(const Row& state, int64_t begin, int64_t end) const {
+  void write(const Row& state, int64_t begin, int64_t end, const Partial&, const float*) const {
     write_softmax_gradient(state.dense, args.logits, args.vocab, args.grad_logits, begin, end);
   }
 
@@ -90,13 +93,11 @@ struct Backward {
 }  // namespace
 
 Status token_log_probs(const TokenLogProbsArgs& args, int threads) {
-  run_rows(Forward{args}, args.rows, args.vocab, threads);
-  return {};
+  return run_rows(Forward{args}, args.rows, args.vocab, threads);
 }
 
 Status token_log_probs_backward(const TokenLogProbsBackwardArgs& args, int threads) {
-  run_rows(Backward{args}, args.rows, args.logits.cols, threads);
-  return {};
+  return run_rows(Backward{args}, args.rows, args.logits.cols, threads);
 }
 
 }  // namespace memdec::cpu::MEMDEC_SIMD_LEVEL

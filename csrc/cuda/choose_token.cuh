@@ -2,6 +2,8 @@
 // are exact: whatever adds them in whatever order finds the same token.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/softmax_sum.cuh"
 
 namespace memdec::cuda {
@@ -18,10 +20,25 @@ struct Filters {
 
 constexpr int kCuts = 7;  // thresholds that a search tries at once
 
-// Shared memory of the functions below; free again when one returns.
+// One of many things, and where in its weight the draw fell.
+struct Picked {
+  int index;  // -1: they have no weight
+  uint64_t rest;
+  uint64_t weight;
+};
+
+constexpr int kBins = 1024;            // of weights, by their logarithm
+constexpr float kBinsAnOctave = 32.f;  // so that a bin holds few of many tokens
+constexpr int kMaxCandidates = 2048;
+
+// Shared memory of the functions below; free again when one returns, but for the candidates.
 struct ChoiceScratch {
+  uint64_t bins[kBins];
+  uint64_t candidates[kMaxCandidates];  // orders (Ordering) of some tokens
+  int count;                            // of candidates: more than there is room for are not kept
   uint64_t values[kMaxWarps][kCuts];
-  uint64_t result[2];
+  int counts[2][kMaxWarps];
+  Picked result;
 };
 
 // A weight in (0, 1] as a whole number: below 2^-44 of the greatest token nothing is drawn.
@@ -88,34 +105,57 @@ __device__ inline uint64_t block_scan(uint64_t value, uint64_t* total, ChoiceScr
   return before;
 }
 
-// One of n things, and where in its weight the draw fell, from 0 to below it.
-struct Picked {
-  int index;
-  uint64_t rest;
-};
+// The thing in whose weight `target_of(sum of all weights)`, a number below that sum, falls when
+// weights are laid side by side. Each thread brings the next kEach of them.
+template <int kEach, typename Target>
+__device__ inline Picked pick(const uint64_t (&weights)[kEach], ChoiceScratch& scratch,
+                              Target&& target_of) {
+  uint64_t sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += weights[i];
+  uint64_t before = block_scan(sum, &total, scratch);
+  if (total == 0) return {-1, 0, 0};
+  const uint64_t target = target_of(total);
+  if (before <= target && target < before + sum) {  // in one thread
+    bool found = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (!found && target < before + weights[i]) {
+        scratch.result = {static_cast<int>(threadIdx.x) * kEach + i, target - before, weights[i]};
+        found = true;
+      }
+      before += weights[i];
+    }
+  }
+  __syncthreads();
+  const Picked picked = scratch.result;
+  __syncthreads();
+  return picked;
+}
 
-// The thing in whose weight `target` falls, when weights are laid side by side; target lies below
-// their sum.
-template <typename Weight>
-__device__ inline Picked pick_at(int n, uint64_t target, ChoiceScratch& scratch, Weight&& weight) {
+// The same for n weights that the threads look up.
+template <typename Weight, typename Target>
+__device__ inline Picked pick_of(int n, ChoiceScratch& scratch, Weight&& weight,
+                                 Target&& target_of) {
   const int threads = static_cast<int>(blockDim.x);
   const int each = (n + threads - 1) / threads;
   const int first = min(n, static_cast<int>(threadIdx.x) * each), end = min(n, first + each);
-  uint64_t sum = 0, total;
-  for (int i = first; i < end; ++i) sum += weight(i);
-  uint64_t before = block_scan(sum, &total, scratch);
-  if (before <= target && target < before + sum) {  // in one thread
-    int i = first;
-    for (; i < end - 1; ++i) {
-      const uint64_t after = before + weight(i);
-      if (target < after) break;
-      before = after;
+  uint64_t sums[1] = {0};
+  for (int i = first; i < end; ++i) sums[0] += weight(i);
+  const Picked share = pick(sums, scratch, target_of);  // the thread's
+  if (static_cast<int>(threadIdx.x) == share.index) {
+    uint64_t before = 0;
+    for (int i = first; i < end; ++i) {
+      const uint64_t of_thing = weight(i);
+      if (share.rest < before + of_thing) {
+        scratch.result = {i, share.rest - before, of_thing};
+        break;
+      }
+      before += of_thing;
     }
-    scratch.result[0] = i;
-    scratch.result[1] = target - before;
   }
   __syncthreads();
-  const Picked picked{static_cast<int>(scratch.result[0]), scratch.result[1]};
+  const Picked picked = share.index < 0 ? share : scratch.result;
   __syncthreads();
   return picked;
 }
@@ -129,25 +169,70 @@ __device__ inline uint64_t sum_of(int n, ChoiceScratch& scratch, Weight&& weight
   return sums[0];
 }
 
+// The k-th greatest of all threads' numbers, none below 0, or somewhat less if no more of them
+// reach that; 0 if there are fewer.
+template <int kEach>
+__device__ inline float floor_of_top(const float (&values)[kEach], int k, ChoiceScratch& scratch) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  uint32_t floor = 0;
+  for (int bit = 30; bit >= 0; --bit) {
+    const uint32_t next = floor | 1u << bit;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) count += __float_as_uint(values[i]) >= next;
+    count = __reduce_add_sync(0xffffffffu, count);
+    int* const counts = scratch.counts[bit & 1];  // the other one may still be read
+    if (lane == 0) counts[warp] = count;
+    __syncthreads();
+    count = __reduce_add_sync(0xffffffffu, lane < warps ? counts[lane] : 0);
+    if (count >= k) floor = next;
+    if (count == k) break;
+  }
+  __syncthreads();
+  return __uint_as_float(floor);
+}
+
+// Calls f(i, level(i)) for the things of this thread; several levels are looked up at a time.
+template <typename Level, typename F>
+__device__ inline void for_each_level(int n, const Level& level, F&& f) {
+  constexpr int kTogether = 8;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int first = threadIdx.x; first < n; first += kTogether * threads) {
+    float levels[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) levels[t] = level(min(first + t * threads, n - 1));
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      if (first + t * threads < n) f(first + t * threads, levels[t]);
+    }
+  }
+}
+
+// Where a thing stands when things are ordered, and its weight.
+struct Placed {
+  uint64_t order;
+  uint64_t weight;
+};
+
 // The lowest number that is kept when things are kept in falling order until their weights reach
 // `wanted`: the greatest number, from `low` to `top`, for which the weights of all things whose
 // order is not below it reach `wanted`; `low` if none does.
-template <typename Order, typename Weight>
+template <typename Level, typename PlaceOf>
 __device__ inline uint64_t find_cut(int n, uint64_t low, uint64_t top, uint64_t wanted,
-                                    ChoiceScratch& scratch, Order&& order, Weight&& weight) {
+                                    ChoiceScratch& scratch, const Level& level,
+                                    PlaceOf&& place_of) {
   uint64_t high = top + 1;
   while (high - low > 1) {
     const uint64_t step = greater_of(1, (high - low) / (kCuts + 1));
     uint64_t reached[kCuts] = {};
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      const uint64_t place = order(i);
-      if (place <= low) continue;
-      const uint64_t amount = weight(i);
+    for_each_level(n, level, [&](int i, float x) {
+      const Placed thing = place_of(i, x);
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) {
-        if (place >= low + (cut + 1) * step) reached[cut] += amount;
+        if (thing.order >= low + (cut + 1) * step) reached[cut] += thing.weight;
       }
-    }
+    });
     block_sums(reached, scratch);
     // reached[] falls: the last that suffices is the new `low`, the next one the new `high`.
     const uint64_t from = low;
@@ -168,8 +253,8 @@ __device__ inline uint64_t find_cut(int n, uint64_t low, uint64_t top, uint64_t 
   return low;
 }
 
-// Orders n things by their level, a float that may be -inf (then 0: never kept), ties by rising
-// index.
+// Orders n things by their level, a float that is -FLT_MAX for none (then 0: never kept), ties by
+// rising index.
 struct Ordering {
   int n;
   int bits;
@@ -179,7 +264,7 @@ struct Ordering {
   }
 
   __device__ uint64_t operator()(float level, int index) const {
-    if (level == -INFINITY) return 0;
+    if (level <= -FLT_MAX) return 0;
     uint32_t key = __float_as_uint(level);
     key = key & 0x80000000u ? ~key : key | 0x80000000u;
     return static_cast<uint64_t>(key) << bits | static_cast<uint64_t>(n - 1 - index);
@@ -193,46 +278,136 @@ struct Ordering {
   }
 };
 
-// Chooses one of n tokens by reading them as often as it takes; level(i) is log2 of a probability.
-// Without filters tokens are laid side by side as they come, else by falling probability.
-template <typename Level>
-__device__ inline int choose(int n, const Filters& filters, uint64_t bits, ChoiceScratch& scratch,
-                             Level&& level) {
-  const Ordering ordering(n);
-  uint64_t top = 0;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    top = greater_of(top, ordering(level(i), i));
+// Sorts the candidates, falling; by the whole block, which has put them there.
+__device__ inline void sort_candidates(ChoiceScratch& scratch) {
+  uint64_t* orders = scratch.candidates;
+  int size = 2;
+  while (size < scratch.count) size *= 2;
+  for (int i = scratch.count + threadIdx.x; i < size; i += blockDim.x) orders[i] = 0;
+  __syncthreads();
+  for (int width = 2; width <= size; width *= 2) {
+    for (int distance = width / 2; distance > 0; distance /= 2) {
+      for (int i = threadIdx.x; i < size / 2; i += blockDim.x) {
+        const int low = 2 * i - (i & (distance - 1)), high = low + distance;
+        const uint64_t a = orders[low], b = orders[high];
+        const bool falling = (low & width) == 0;
+        if ((a < b) == falling) {
+          orders[low] = b;
+          orders[high] = a;
+        }
+      }
+      __syncthreads();
+    }
   }
+}
+
+__device__ inline void add_candidate(ChoiceScratch& scratch, uint64_t order) {
+  const int place = atomicAdd(&scratch.count, 1);
+  if (place < kMaxCandidates) scratch.candidates[place] = order;
+}
+
+// The order of the last thing that is kept when things are kept in falling order until their
+// weights reach `wanted`, which all of them together do. place_of(i, level) says where a thing
+// stands; equal levels have equal weights, or 0.
+template <typename Level, typename PlaceOf>
+__device__ inline uint64_t last_kept(const Ordering& ordering, uint64_t top, uint64_t wanted,
+                                     float inv_temperature, ChoiceScratch& scratch,
+                                     const Level& level, const PlaceOf& place_of) {
+  const int n = ordering.n, threads = static_cast<int>(blockDim.x);
+  const float top_level = ordering.level(top);
+  const auto bin_of = [&](float x) {
+    const float octaves = (top_level - x) * inv_temperature;
+    return static_cast<int>(fminf(octaves * kBinsAnOctave, kBins - 1.f));
+  };
+  for (int bin = threadIdx.x; bin < kBins; bin += threads) scratch.bins[bin] = 0;
+  if (threadIdx.x == 0) scratch.count = 0;
+  __syncthreads();
+  for_each_level(n, level, [&](int i, float x) {
+    const uint64_t weight = place_of(i, x).weight;
+    if (weight > 0) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(&scratch.bins[bin_of(x)]), weight);
+    }
+  });
+  __syncthreads();
+  const Picked bin = pick_of(
+      kBins, scratch, [&](int b) { return scratch.bins[b]; }, [&](uint64_t) { return wanted - 1; });
+  for_each_level(n, level, [&](int i, float x) {
+    const Placed thing = place_of(i, x);
+    if (thing.weight > 0 && bin_of(x) == bin.index) add_candidate(scratch, thing.order);
+  });
+  __syncthreads();
+  if (scratch.count <= kMaxCandidates) {
+    sort_candidates(scratch);
+    const auto weight = [&](int c) {
+      const uint64_t order = scratch.candidates[c];
+      return place_of(ordering.index(order), ordering.level(order)).weight;
+    };
+    const Picked last = pick_of(scratch.count, scratch, weight, [&](uint64_t) { return bin.rest; });
+    return scratch.candidates[last.index];
+  }
+  // Very many tokens of about the same probability.
+  const uint64_t cut = find_cut(n, 0, top, wanted, scratch, level, place_of);
+  uint64_t lowest = 0;
+  for_each_level(n, level, [&](int i, float x) {
+    const Placed thing = place_of(i, x);
+    if (thing.order >= cut && thing.weight > 0) lowest = greater_of(lowest, ~thing.order);
+  });
+  return ~block_max(lowest, scratch);
+}
+
+// Chooses one of n tokens by reading them as often as it takes; level(i) is log2 of a probability,
+// -FLT_MAX for none. Without filters tokens are laid side by side as they come, else by falling
+// probability.
+template <typename Level>
+__device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
+                                   ChoiceScratch& scratch, const Level& level) {
+  const Ordering ordering(n);
+  uint64_t top = 0, some[1] = {0};
+  for_each_level(n, level, [&](int i, float x) {
+    const uint64_t order = ordering(x, i);
+    top = greater_of(top, order);
+    some[0] += order > 0;
+  });
   top = block_max(top, scratch);
   if (filters.inv_temperature == 0.f) return ordering.index(top);
-  const float top_level = ordering.level(top);
-  const auto order = [&](int i) { return ordering(level(i), i); };
-  const auto softened = [&](int i) {
-    return fast_exp2((level(i) - top_level) * filters.inv_temperature);
-  };
+  const float top_level = ordering.level(top), inv_temperature = filters.inv_temperature;
   uint64_t cut = 1;
-  if (filters.top_k < n) {
-    cut = find_cut(n, cut, top, filters.top_k, scratch, order, [](int) { return 1; });
+  const auto place_of = [&](int i, float x) -> Placed {
+    const uint64_t order = ordering(x, i);
+    const float weight = fast_exp2((x - top_level) * inv_temperature);
+    return {order, order >= cut ? whole_weight(weight) : 0};
+  };
+  const auto sum = [&](const auto& place_of) {
+    uint64_t sums[1] = {0};
+    for_each_level(n, level, [&](int i, float x) { sums[0] += place_of(i, x).weight; });
+    block_sums(sums, scratch);
+    return sums[0];
+  };
+  block_sums(some, scratch);
+  if (filters.top_k < some[0]) {
+    const auto one = [&](int i, float x) -> Placed {
+      const uint64_t order = ordering(x, i);
+      return {order, order > 0};
+    };
+    cut = last_kept(ordering, top, filters.top_k, inv_temperature, scratch, level, one);
   }
   if (filters.top_p < 1.f) {
-    const auto weight = [&](int i) { return order(i) >= cut ? whole_weight(softened(i)) : 0; };
-    const uint64_t total = sum_of(n, scratch, weight);
-    const auto wanted = static_cast<uint64_t>(ceil(static_cast<double>(filters.top_p) * total));
-    cut = find_cut(n, cut, top, greater_of(1, wanted), scratch, order, weight);
+    const double nucleus = ceil(static_cast<double>(filters.top_p) * sum(place_of));
+    const uint64_t wanted = greater_of(1, static_cast<uint64_t>(nucleus));
+    cut = last_kept(ordering, top, wanted, inv_temperature, scratch, level, place_of);
   }
-  const auto weight = [&](int i) {
-    const float w = softened(i);
-    return order(i) >= cut && w >= filters.min_p ? whole_weight(w) : 0;
+  const auto least = static_cast<uint64_t>(filters.min_p * 0x1p44f);
+  const auto kept = [&](int i, float x) -> Placed {
+    const Placed thing = place_of(i, x);
+    return {thing.order, thing.weight >= least ? thing.weight : 0};
   };
-  const uint64_t target = __umul64hi(bits, sum_of(n, scratch, weight));
-  if (filters.none(n)) return pick_at(n, target, scratch, weight).index;
-  const uint64_t drawn = find_cut(n, cut, top, target + 1, scratch, order, weight);
-  // The last token that is needed to pass the target.
-  uint64_t lowest = 0;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if (order(i) >= drawn && weight(i) > 0) lowest = greater_of(lowest, ~order(i));
+  const auto target_of = [&](uint64_t total) { return __umul64hi(bits, total); };
+  if (filters.none(n)) {
+    return pick_of(n, scratch, [&](int i) { return kept(i, level(i)).weight; }, target_of).index;
   }
-  return ordering.index(~block_max(lowest, scratch));
+  const uint64_t target = target_of(sum(kept));
+  return ordering.index(
+      last_kept(ordering, top, target + 1, inv_temperature, scratch, level, kept));
 }
 
 }  // namespace memdec::cuda

@@ -6,13 +6,13 @@
 
 namespace memdec::cuda {
 
-// How the rows of two models are read and summed up. Their logits have one dtype, and their rows
-// agree (rows_agree).
-template <typename T, typename JobArgs>
+// How the rows of two models are read and summed up, kChunks chunks at a time. Their logits have
+// one dtype, and their rows agree (rows_agree).
+template <typename T, typename JobArgs, int kChunks = 1>
 struct MixtureRows {
   static constexpr int kStripes = 2;  // one of each model
   static constexpr int kColumns = kStripe<T>;
-  static constexpr int kTogether = 1;
+  static constexpr int kTogether = kChunks;
   static constexpr int kRowCost = 2000;
   static constexpr bool kPatches = false;
   using Args = JobArgs;
@@ -69,18 +69,45 @@ struct MixtureRows {
     *carry = {slice(base, vocab), slice(base, shared_vocab), {}, {}};
   }
 
-  __device__ void add(Carry* carry, int c, const uint32_t (&chunk)[kTogether], int worker) const {
-    const int s = c * kColumns + worker * kPack<T>;
-    if (s >= carry->base.end) return;
-    const uint32_t at = chunk[0] + worker * sizeof(uint4);
-    Pack<T> base[1] = {hopper::load_shared<uint4>(at)};
-    Pack<T> memory[1] = {hopper::load_shared<uint4>(at + kStripeBytes)};
-    if (!carry->memory.template whole<kPack<T>>(s)) {  // the base has no fewer columns
-      mask(&base[0], carry->base, s);
-      mask(&memory[0], carry->memory, s);
+  // This worker's packs of `kPacks` chunks from chunk c on; what is not of the row is -inf.
+  template <int kPacks>
+  __device__ void load(const Slice& base_slice, const Slice& memory_slice, int c,
+                       const uint32_t (&chunks)[kTogether], int worker, Pack<T> (&base)[kPacks],
+                       Pack<T> (&memory)[kPacks]) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const uint32_t at = chunks[p] + worker * sizeof(uint4);
+      base[p] = {hopper::load_shared<uint4>(at)};
+      memory[p] = {hopper::load_shared<uint4>(at + kStripeBytes)};
     }
-    carry->base_sum.add(base, kLog2E);
-    carry->memory_sum.add(memory, memory_scale());
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int s = (c + p) * kColumns + worker * kPack<T>;
+      if (!memory_slice.template whole<kPack<T>>(s)) {  // the base has no fewer columns
+        mask(&base[p], base_slice, s);
+        mask(&memory[p], memory_slice, s);
+      }
+    }
+  }
+
+  // Calls f(packs) with the number of this worker's packs, from chunk c on, that hold a column.
+  template <typename F>
+  __device__ void with_packs(const Slice& base_slice, int c, int worker, F&& f) const {
+    const int s = c * kColumns + worker * kPack<T>;
+    if (kTogether == 2 && s + kColumns < base_slice.end) {
+      f(std::integral_constant<int, kTogether>{});
+    } else if (s < base_slice.end) {
+      f(std::integral_constant<int, 1>{});
+    }
+  }
+
+  __device__ void add(Carry* carry, int c, const uint32_t (&chunks)[kTogether], int worker) const {
+    with_packs(carry->base, c, worker, [&](auto packs) {
+      Pack<T> base[packs.value], memory[packs.value];
+      load(carry->base, carry->memory, c, chunks, worker, base, memory);
+      carry->base_sum.add(base, kLog2E);
+      carry->memory_sum.add(memory, memory_scale());
+    });
   }
 
   template <typename ChunkOf>

@@ -70,20 +70,24 @@ struct Mixture {
            !(weights.use_memory && isnan(memory.log_norm));
   }
 
-  // Of a row that exists: a token's probability, to 2^-21; 0 below 2^-126.
+  __device__ bool both() const { return weights.use_base && weights.use_memory; }
+
+  // Of a row that exists: a token's probability, to 2^-21; 0 below 2^-126. kBoth: both models
+  // count.
+  template <bool kBoth = false>
   __device__ float probability(float base_x, float memory_x) const {
     const float a = fast_exp2(base_line(base_x)), b = fast_exp2(memory_line(memory_x));
-    return (weights.use_base ? a : 0.f) + (weights.use_memory ? b : 0.f);
+    return (kBoth || weights.use_base ? a : 0.f) + (kBoth || weights.use_memory ? b : 0.f);
   }
 
-  // The same as log2, -inf where there is no mass.
-  __device__ float log2_probability(float base_x, float memory_x) const {
-    const float a = weights.use_base ? base_line(base_x) : -INFINITY;
+  // The same as log2; -FLT_MAX where there is no mass.
+  template <bool kBoth = false>
+  __device__ float level(float base_x, float memory_x) const {
+    const float a = kBoth || weights.use_base ? base_line(base_x) : -INFINITY;
     // A finite number takes the place of -inf: two of them have no difference.
-    const float b = fmaxf(weights.use_memory ? memory_line(memory_x) : -INFINITY, -FLT_MAX);
-    const float high = fmaxf(a, b);
-    const float log2_p = high + fast_log2(1.f + fast_exp2(-fabsf(a - b)));
-    return high == -FLT_MAX ? -INFINITY : log2_p;
+    const float b =
+        fmaxf(kBoth || weights.use_memory ? memory_line(memory_x) : -INFINITY, -FLT_MAX);
+    return fmaxf(a, b) + fast_log2(1.f + fast_exp2(-fabsf(a - b)));
   }
 
   // The same for a group, if its results are finite and below log(1/2), as nearly all are: then a

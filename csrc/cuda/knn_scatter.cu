@@ -19,7 +19,7 @@ constexpr int kWord = 4;            // values that the copy fills at a time
 constexpr int64_t kFewRows = 2048;  // whose lengths every block of the copy adds up itself
 constexpr int kScanItems = 8;       // of a thread
 // Neighbours a thread: few where a row has few, since then it is latency that counts.
-constexpr int kFewItems = 2, kManyItems = 8;
+constexpr int kFewItems = 2, kManyItems = 4;
 constexpr int kFewNeighbors = 256;
 template <int kItems>
 constexpr int kMinSize = kItems * kWarpSize;  // of a sort: whole warps

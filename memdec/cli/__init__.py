@@ -90,6 +90,12 @@ COMMANDS = {
         "generate",
         "GenerateConfig",
     ),
+    "inspect": Command(
+        "Show what the memory changes at each token of a text.",
+        "memdec.inspection",
+        "inspect",
+        "InspectConfig",
+    ),
     "info": Command(
         "Print versions, what was built, and what is in use.",
         "memdec.info",

@@ -19,9 +19,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,7 +63,7 @@ class Artefact:
                 f"{path} has format {manifest.get('format')}, this memdec reads {FORMAT_VERSION}"
             )
         for name, record in manifest["files"].items():
-            _check_size(path / name, record["bytes"])
+            _check_size(path, name, record["bytes"])
         return cls(path, manifest)
 
     @property
@@ -72,6 +73,13 @@ class Artefact:
 
     def file(self, name: str) -> Path:
         return self.path / name
+
+    def changed_files(self) -> list[str]:
+        """Files whose bytes are not those that were written, by SHA-256. Reads them all."""
+        records = self.manifest["files"].items()
+        return [
+            name for name, record in records if file_sha256(self.file(name)) != record["sha256"]
+        ]
 
 
 def check_input(artefact: Artefact, name: str, found: str) -> None:
@@ -181,8 +189,8 @@ class StageWriter:
         manifest = {**self._progress["request"], **fields}
         manifest["files"] = dict(sorted(self._progress["files"].items()))
         seconds = {"seconds": time.monotonic() - self._start, **(timing or {})}
-        _write_json(self.path / TIMING, seconds)
-        _write_json(self.path / MANIFEST, manifest)
+        write_json(self.path / TIMING, seconds)
+        write_json(self.path / MANIFEST, manifest)
         _remove_joined_records(self.path)
         (self.path / PROGRESS).unlink(missing_ok=True)
         self.finished = True
@@ -205,7 +213,7 @@ class StageWriter:
             self._save_progress()
 
     def _save_progress(self) -> None:
-        _write_json(self.path / self._records, self._progress, indent=None)
+        write_json(self.path / self._records, self._progress, indent=None)
 
 
 @contextmanager
@@ -317,7 +325,7 @@ def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
         writer = StageWriter(path, progress)
         writer._gather()
         for name, record in progress["files"].items():
-            _check_size(path / name, record["bytes"])
+            _check_size(path, name, record["bytes"])
         writer._save_progress()
         _remove_joined_records(path)
         return writer
@@ -360,13 +368,13 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.is_file() else None
+def _check_size(path: Path, name: str, expected: int) -> None:
+    file = path / name
+    found = file.stat().st_size if file.is_file() else None
     if found != expected:
         state = "is missing" if found is None else f"has {found} bytes"
         raise MemdecError(
-            f"{path} {state}, its record says {expected}; "
-            f"remove {path.parent} and run the stage again"
+            f"{file} {state}, its record says {expected}; remove {path} and run the stage again"
         )
 
 
@@ -374,14 +382,29 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+class _Record(dict[str, Any]):
+    """A JSON object of a file; what it lacks is said with the file's name."""
+
+    def __init__(self, path: Path, pairs: Iterable[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise MemdecError(f"{self._path} has no {key!r}: it is not as memdec wrote it")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(), object_pairs_hook=partial(_Record, path))
     except (OSError, ValueError) as error:
         raise MemdecError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise MemdecError(f"{path} holds no JSON object: it is not as memdec wrote it")
+    return found
 
 
-def _write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with clear_disk_errors(path):
         try:
@@ -411,7 +434,8 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
 
 def _is_full_disk(error: Exception, path: Path) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        short = error.errno is None and "requested and" in str(error)  # NumPy's, without a reason
+        return short or error.errno in (errno.ENOSPC, errno.EDQUOT)
     if "inline_container" in str(error):  # torch.save does not say why it could not write
         return shutil.disk_usage(path.parent).free < 1 << 20
     return "No space left on device" in str(error)  # safetensors

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from memdec.config import Config, option, require
 from memdec.console import Progress
-from memdec.data.artefact import check_input
+from memdec.data.artefact import Artefact, check_input, write_json
 from memdec.data.contexts import Contexts, contexts_of
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
@@ -52,6 +51,8 @@ class AuditConfig(Config):
 
     def check(self) -> None:
         require(self.rows > 0, "rows", "above 0", self.rows)
+        there = self.report is None or self.report.absolute().parent.is_dir()
+        require(there, "report", "in a directory that is there", str(self.report))
         for name in ("min_recall", "max_dropped_mass"):
             require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
 
@@ -75,8 +76,11 @@ def audit(config: AuditConfig) -> int:
     in float64, and for the source ``knn`` each stored row against the same row made again. Of kept
     neighbours the rows are those at the temperature of the stage.
 
-    The report is ``{"passed": bool, "rows": int, "seed": int, "recall": float | None,
-    "dropped_mass": float, "checks": [{"name", "passed", "expected", "found"}]}``.
+    Before all that every file of the inputs is read and compared with the SHA-256 it was written
+    with; where one differs nothing else is looked at.
+
+    The report is ``{"passed": bool, "targets": fingerprint, "rows": int, "seed": int, "recall":
+    float | None, "dropped_mass": float, "checks": [{"name", "passed", "expected", "found"}]}``.
 
     Returns:
         0 when every check passed, else 1: the command's exit status.
@@ -90,9 +94,12 @@ def audit(config: AuditConfig) -> int:
     datastore = _datastore(config, store)
     generator = np.random.default_rng(config.seed)
     positions = np.sort(generator.choice(len(store), min(config.rows, len(store)), replace=False))
-    checks = [_check_widths(store) if store.keeps_neighbours else _check_offsets(store)]
+    inputs = [corpus.artefact, store.artefact, *([datastore.artefact] if datastore else [])]
+    checks = [_check_files(inputs)]
     result: dict[str, Any] = {"recall": None, "dropped_mass": None}
     if checks[0].passed:
+        checks.append(_check_widths(store) if store.keeps_neighbours else _check_offsets(store))
+    if all(check.passed for check in checks):
         rows = store.gather(positions)
         mass = _mean_dropped_mass(rows.targets)
         result["dropped_mass"] = mass if math.isfinite(mass) else None
@@ -113,9 +120,9 @@ def audit(config: AuditConfig) -> int:
     passed = all(check.passed for check in checks)
     _print_table(checks, len(positions), config)
     if config.report is not None:
-        report = {"passed": passed, "rows": len(positions), "seed": config.seed, **result}
-        report["checks"] = [asdict(check) for check in checks]
-        config.report.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        report = {"passed": passed, "targets": store.fingerprint, "rows": len(positions)}
+        report |= {"seed": config.seed, **result, "checks": [asdict(check) for check in checks]}
+        write_json(config.report, report)
     return 0 if passed else 1
 
 
@@ -131,6 +138,12 @@ def _datastore(config: AuditConfig, store: TargetStore) -> Datastore | None:
     datastore = Datastore.open(config.datastore, str(pick_device(config.device)))
     check_input(store.artefact, "datastore", datastore.fingerprint)
     return datastore.with_keys_of(config.model, TokenCorpus.open(config.tokens))
+
+
+def _check_files(artefacts: Sequence[Artefact]) -> Check:
+    changed = [artefact.path / name for artefact in artefacts for name in artefact.changed_files()]
+    found = f"{changed[0]} is not, {len(changed)} in all" if changed else "all are"
+    return Check("files", not changed, "as they were written", found)
 
 
 def _check_offsets(store: TargetStore) -> Check:

@@ -57,8 +57,7 @@ def build_faiss(
     start, stop = _share(processes, keys.size, whole=lists is None)
     team = _Team(processes, work)
     if not index.is_trained:
-        wanted = max(count_lists(index), _LEAST_LISTS) * _TRAINING_KEYS_A_LIST
-        wanted = min(keys.size, wanted)
+        wanted = training_keys(count_lists(index), keys.size)
         chosen = np.sort(np.random.default_rng(seed).choice(keys.size, wanted, replace=False))
         own = keys.pick(chosen[(chosen >= start) & (chosen < stop)])
         sample = team.to_main("sample", own, _save_array, np.load)
@@ -88,6 +87,11 @@ def build_faiss(
             for part in itertools.islice(parts, 1, None):
                 load_faiss().merge_into(index, part, False)
     return index
+
+
+def training_keys(lists: int, size: int) -> int:
+    """How many of `size` keys an index of so many lists is trained on."""
+    return min(size, max(lists, _LEAST_LISTS) * _TRAINING_KEYS_A_LIST)
 
 
 def _share(processes: PartialState, size: int, whole: bool) -> tuple[int, int]:

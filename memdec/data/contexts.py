@@ -27,6 +27,11 @@ def contexts_of(length: int, corpus: TokenCorpus) -> Contexts | None:
     return Contexts(stream.read(0, stream.positions), length) if length else None
 
 
+def first_search(k: int) -> int:
+    """How many neighbours are looked for at first, to have `k` that are no copies."""
+    return k + k // 4 + _MORE
+
+
 @dataclass(frozen=True)
 class Contexts:
     """Searches for neighbours whose last `length` tokens are not the query's own.
@@ -60,7 +65,7 @@ class Contexts:
         ids = np.full((len(queries), k), -1, np.int64)
         rows = np.arange(len(queries))
         most = min(_MOST * k + _MORE, store.size)
-        wanted = k + k // 4 + _MORE
+        wanted = first_search(k)
         while len(rows):
             wanted = min(wanted, most)
             left_out = None if exclude is None else exclude[rows]

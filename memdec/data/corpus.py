@@ -86,20 +86,14 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
     from memdec.modeling.loading import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(config.tokenizer)
-    separator = _separator_id(tokenizer, config.separator_id)
+    separator = separator_id(tokenizer, config.separator_id)
     if config.corpus is not None:
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:
         assert config.dataset is not None
         texts = read_dataset(config.dataset, config.dataset_subset, config.text_field)
     documents = collect(texts, config.drop_repeated_paragraphs)
-    if len(documents.texts) < len(SPLITS):
-        source = config.corpus or config.dataset
-        raise MemdecError(
-            f"{source} has {len(documents.texts)} distinct documents that are not empty, at least "
-            f"{len(SPLITS)} are needed to split it; "
-            "the option documents (line or paragraph) makes more of them"
-        )
+    check_documents(documents, config)
     params = config.to_mapping()
     for name in ("tokenizer", "corpus", "dataset", "dataset_subset"):
         del params[name]  # their content counts, by fingerprint, not where they lie
@@ -113,6 +107,16 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
             say(f"prepare: already done in {out}")
             return Artefact.open(out, KIND)
         return _write(config, writer, tokenizer, separator, documents)
+
+
+def check_documents(documents: Documents, config: PrepareConfig) -> None:
+    """Raises :class:`MemdecError` when there are too few to split."""
+    if len(documents.texts) < len(SPLITS):
+        raise MemdecError(
+            f"{config.corpus or config.dataset} has {len(documents.texts)} distinct documents that "
+            f"are not empty, at least {len(SPLITS)} are needed to split it; "
+            "the option documents (line or paragraph) makes more of them"
+        )
 
 
 def _write(
@@ -151,7 +155,12 @@ def _write(
     )
 
 
-def _separator_id(tokenizer: Any, given: int | None) -> int:
+def separator_id(tokenizer: Any, given: int | None) -> int:
+    """The id given, or that of the tokenizer's eos, bos or pad token.
+
+    Raises:
+        MemdecError: it has none of them, or no token of the id given.
+    """
     if given is not None:
         require(0 <= given < len(tokenizer), "separator_id", f"in [0, {len(tokenizer)})", given)
         return given
@@ -226,6 +235,18 @@ def _split(
     return members
 
 
+def map_array(path: Path, mode: Literal["r", "c"]) -> np.ndarray:
+    """An array of a .npy file, memory-mapped, read-only or copy-on-write.
+
+    Raises:
+        MemdecError: it is none.
+    """
+    try:
+        return np.load(path, mmap_mode=mode)
+    except (ValueError, EOFError) as error:
+        raise MemdecError(f"{path} is damaged: it holds no array") from error
+
+
 def rows_between(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of arrays that follow one another, as a new array."""
     bounds = np.cumsum([0, *map(len, shards)])
@@ -263,6 +284,7 @@ class TokenStream:
     shards: tuple[np.ndarray, ...]
     documents: np.ndarray  # int64, where each document's first token lies in the stream
     isolate_documents: bool = False  # whether a model sees a position's own document only
+    vocab_size: int = 1 << 31
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -273,8 +295,19 @@ class TokenStream:
         return len(self) - 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens from `start` to before `stop`, int32, as a new array."""
-        return rows_between(self.shards, start, stop)
+        """Tokens from `start` to before `stop`, int32, as a new array.
+
+        Raises:
+            MemdecError: an id that is none of the vocabulary, which a model would read out of bounds.
+        """
+        tokens = rows_between(self.shards, start, stop)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            raise MemdecError(
+                f"token {start + place} of a split is {tokens[place]}, expected an id in "
+                f"[0, {self.vocab_size}): the tokens are damaged, prepare them anew"
+            )
+        return tokens
 
     def inputs(self, start: int, stop: int, rows: int = 1) -> dict[str, np.ndarray]:
         """What a model is fed at positions [start, stop), cut into `rows` blocks of equal length.
@@ -348,7 +381,8 @@ class TokenCorpus:
         files = [self.artefact.file(shard_name(name, shard, ".npy")) for shard in shards]
         starts = [self.artefact.file(shard_name(name, shard, ".documents.npy")) for shard in shards]
         return TokenStream(
-            tuple(np.load(path, mmap_mode="r") for path in files),
-            np.concatenate([np.load(path) for path in starts]),
+            tuple(map_array(path, "r") for path in files),
+            np.concatenate([map_array(path, "r") for path in starts]),
             isolate_documents,
+            self.vocab_size,
         )

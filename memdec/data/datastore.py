@@ -19,7 +19,7 @@ import numpy as np
 from memdec.config import Config, option, require
 from memdec.console import say
 from memdec.data.artefact import Artefact, StageWriter, check_input
-from memdec.data.corpus import ISOLATE_HELP, TokenCorpus, TokenStream
+from memdec.data.corpus import ISOLATE_HELP, TokenCorpus, TokenStream, map_array
 from memdec.data.shards import Shard, cut, write_shards
 from memdec.errors import MemdecError
 
@@ -190,7 +190,7 @@ def _shard_name(number: int) -> str:
 
 def _open_keys(path: Path, shards: int) -> list[np.ndarray]:
     # Mapped copy-on-write, since torch takes no read-only array; nobody writes.
-    return [np.load(path / _shard_name(number), mmap_mode="c") for number in range(shards)]
+    return [map_array(path / _shard_name(number), "c") for number in range(shards)]
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Datastore:
     @cached_property
     def next_tokens(self) -> np.ndarray:
         """The token that follows each position, int32 [size], memory-mapped."""
-        return np.load(self.artefact.file(NEXT_TOKENS), mmap_mode="c")  # as _open_keys
+        return map_array(self.artefact.file(NEXT_TOKENS), "c")  # as _open_keys
 
     def neighbor_tokens(self, ids: np.ndarray) -> np.ndarray:
         """The next tokens of rows that :meth:`search` found, int32; -1 where the id is."""

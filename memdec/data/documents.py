@@ -16,6 +16,7 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
 
 DocumentUnit = Literal["file", "line", "paragraph"]
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PARAGRAPH_BREAK = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
 
 
@@ -81,7 +82,7 @@ def read_corpus(corpus: Path, unit: DocumentUnit, text_field: str) -> Iterator[s
             the text field.
     """
     for path in text_files(corpus):
-        text = _read_text(path)
+        text = decode_text(path.read_bytes(), path)
         if path.suffix.lower() == ".jsonl":
             yield from _json_lines(path, text, text_field)
         elif unit == "file":
@@ -142,7 +143,7 @@ def read_dataset(name: str, subset: str | None, text_field: str) -> Iterator[str
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _first_time(paragraph: str, seen: set[bytes]) -> bool:
@@ -153,14 +154,18 @@ def _first_time(paragraph: str, seen: set[bytes]) -> bool:
     return True
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
+def decode_text(content: bytes, source: Path | str) -> str:
+    """The text of a file, its line ends as ``\\n``.
+
+    Raises:
+        MemdecError: a NUL byte, or not UTF-8; the message names `source`.
+    """
     if b"\0" in content:
-        raise MemdecError(f"{path} is not text: it holds a NUL byte at {content.index(0):,}")
+        raise MemdecError(f"{source} is not text: it holds a NUL byte at {content.index(0):,}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MemdecError(f"{path} is not UTF-8 text: bad byte at {error.start:,}") from None
+        raise MemdecError(f"{source} is not UTF-8 text: bad byte at {error.start:,}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -172,6 +177,10 @@ def _json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
             value = json.loads(line)[text_field]
         except (ValueError, TypeError, KeyError):
             value = None
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise MemdecError(
+                f"{path}, line {number}: its text is not Unicode, it has half a surrogate pair"
+            )
         if not isinstance(value, str):
             raise MemdecError(
                 f"{path}, line {number}: expected a JSON object with a text field {text_field!r}, "

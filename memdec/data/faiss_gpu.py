@@ -12,37 +12,51 @@ import numpy as np
 import torch
 
 from memdec.console import say_once
-from memdec.data.index import load_faiss, reason
+from memdec.data.index import load_faiss, make_index, reason
 
 MOST_NEIGHBOURS = 2048  # that FAISS selects on a GPU
 
 
-def visible_gpus(device: str) -> list[int]:
+def gpus_of(device: str) -> list[int]:
     """The GPUs that FAISS may use for a torch device: its own, or all for ``"cuda"``."""
     wanted = torch.device(device)
     if wanted.type != "cuda":
         return []
-    faiss = load_faiss()
-    count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    if count == 0:
+    return [gpu for gpu in range(_count()) if wanted.index in (None, gpu)]
+
+
+def visible_gpus(device: str) -> list[int]:
+    """As :func:`gpus_of`; says so where a GPU is asked for and FAISS has none."""
+    if torch.device(device).type == "cuda" and _count() == 0:
         say_once("FAISS works on the CPU: the one installed has no GPU (faiss-gpu-cuvs has)")
-    return [gpu for gpu in range(count) if wanted.index in (None, gpu)]
+    return gpus_of(device)
+
+
+def _count() -> int:
+    faiss = load_faiss()
+    return faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+
+
+def takes(spec: str, width: int, gpus: list[int]) -> bool:
+    """Whether a GPU searches this kind of index, tried with an empty one; says why not."""
+    return copy_to_gpus(make_index(spec, width), gpus[:1]) is not None
 
 
 def copy_to_gpus(index: Any, gpus: list[int]) -> Any | None:
     """A copy of the index for searching, its keys dealt out over the GPUs; None where none fits."""
     faiss = load_faiss()
     lists = faiss.try_extract_index_ivf(index)
+    kind = type(faiss.downcast_index(lists)) if lists else None
+    alone = len(gpus) == 1
+    options = faiss.GpuClonerOptions() if alone else faiss.GpuMultipleClonerOptions()
     # float32 tables of more than a few bytes a key do not fit into a multiprocessor.
-    short_tables = isinstance(lists and faiss.downcast_index(lists), faiss.IndexIVFPQ)
+    options.useFloat16 = kind is faiss.IndexIVFPQ
+    if kind is faiss.IndexIVFScalarQuantizer and hasattr(options, "use_cuvs"):
+        options.use_cuvs = False  # which knows no such codes
     try:
-        if len(gpus) == 1:
-            options = faiss.GpuClonerOptions()
-            options.useFloat16 = short_tables
+        if alone:
             resources = faiss.StandardGpuResources()
             return faiss.index_cpu_to_gpu(resources, gpus[0], index, options)
-        options = faiss.GpuMultipleClonerOptions()
-        options.useFloat16 = short_tables
         options.shard = True
         return faiss.index_cpu_to_gpus_list(index, options, gpus)
     except RuntimeError as error:

@@ -17,6 +17,8 @@ from memdec.errors import MemdecError
 EXACT = "Flat"
 EXACT_UP_TO = 1 << 20
 
+_SAMPLE = 1 << 10  # keys of an index that is built to be measured
+
 
 def choose_index(spec: str, size: int, width: int) -> str:
     """Turns ``"auto"`` into a FAISS factory string and checks any other.
@@ -31,9 +33,14 @@ def choose_index(spec: str, size: int, width: int) -> str:
         lists = 1 << round(np.log2(4 * size**0.5))
         spec = EXACT if size <= EXACT_UP_TO else f"IVF{lists},SQfp16"
     if spec != EXACT:
-        lists = count_lists(make_index(spec, width))
-        if lists > size:
-            raise MemdecError(f"index {spec} has {lists} lists, more than the {size} keys")
+        index = make_index(spec, width)
+        if isinstance(index, load_faiss().IndexIDMap):
+            raise MemdecError(f"index {spec} maps ids; give it without, a key's id is its position")
+        has_lists = load_faiss().try_extract_index_ivf(index) is not None
+        if has_lists and not 0 < count_lists(index) <= size:
+            raise MemdecError(
+                f"index {spec} has {count_lists(index)} lists, expected 1 to {size}, the keys"
+            )
     return spec
 
 
@@ -44,7 +51,10 @@ class FaissIndex:
         from memdec.data.faiss_gpu import copy_to_gpus, visible_gpus
 
         faiss = load_faiss()
-        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        try:
+            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise MemdecError(f"FAISS cannot read {path}: {reason(error)}") from None
         inverted_lists = faiss.try_extract_index_ivf(self._index)
         if inverted_lists is not None:
             inverted_lists.nprobe = min(nprobe, inverted_lists.nlist)
@@ -87,7 +97,18 @@ def index_cost(spec: str, size: int, width: int) -> tuple[int, int]:
     """About how many bytes the file of a FAISS index has (codes, ids, centroids), and its lists."""
     index = make_index(spec, width)
     lists = count_lists(index)
-    return size * (index.sa_code_size() + 8) + lists * width * 4, lists
+    return size * _bytes_a_key(index) + lists * width * 4, lists
+
+
+def _bytes_a_key(index: Any) -> int:
+    """Of an index that is still empty; overwrites one without codes, such as a graph."""
+    try:
+        return int(index.sa_code_size()) + 8
+    except RuntimeError:
+        sample = np.random.default_rng(0).standard_normal((_SAMPLE, index.d), dtype=np.float32)
+        index.train(sample)
+        index.add(sample)
+        return len(load_faiss().serialize_index(index)) // _SAMPLE
 
 
 def make_index(spec: str, width: int) -> Any:

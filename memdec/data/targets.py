@@ -7,6 +7,7 @@ themselves can be kept (:mod:`memdec.data.neighbours`): then training chooses te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -124,7 +125,7 @@ class TargetsConfig(Config):
         )
         for name in ("temperature", "max_entries", "block_size"):
             value = getattr(self, name)
-            require(value is None or value > 0, name, "above 0", value)
+            require(value is None or 0 < value < math.inf, name, "above 0 and finite", value)
         require(self.lmbda is None or 0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
         used = (*_USED_BY_ALL, *_USED[self.source])
         for field in fields(self):
@@ -178,6 +179,9 @@ def targets(config: TargetsConfig, out: Path) -> Artefact:
         require(config.block_size in (None, store.block_size), "block_size", expected, block_size)
         block_size = store.block_size
         check_option(store.artefact, "isolate_documents", config.isolate_documents, False)
+        length = config.drop_same_context
+        expected = f"at most {block_size}, what a key has seen"
+        require(length <= block_size, "drop_same_context", expected, length)
         inputs |= {"datastore": store.fingerprint, "model": made_of["model"]}
     else:
         assert config.model is not None  # TargetsConfig.check
@@ -360,10 +364,13 @@ def _shard_name(number: int) -> str:
 
 def _open_shard(path: Path) -> dict[str, np.ndarray]:
     """Every array of a shard, memory-mapped: safetensors maps what it gives to torch."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise MemdecError(f"{path} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -432,11 +439,15 @@ class TargetStore:
         """What divided the squared distances, given or chosen."""
         return float(self.artefact.manifest["temperature"])
 
-    def gather(self, positions: np.ndarray) -> TargetRows:
+    def gather(self, positions: np.ndarray, *, pin_memory: bool = False) -> TargetRows:
         """Rows of the given train positions, int64 [n], in that order; one copy for each run of them.
 
         The positions and labels returned are those that were stored with the rows, for the caller
         to compare with the batch they are meant for.
+
+        Args:
+            pin_memory: entries are copied straight into pinned memory, which torch keeps and gives out
+                again; new memory for megabytes of them a batch is thousands of page faults.
 
         Raises:
             IndexError: a position outside [0, len(store)).
@@ -449,21 +460,24 @@ class TargetStore:
             found = self.gather_neighbours(positions)
             targets = found.neighbours.to_targets(self.temperature).compact()
             return TargetRows(targets, found.positions, found.labels)
-        names = ["token_ids", "probs", "position", "label"]
-        if "dropped_mass" in self.artefact.manifest["dtypes"]:
-            names.append("dropped_mass")
         # Begun with empty arrays of the right dtypes: there may be no position.
-        shard = self.shard(0)
+        parts = [{name: array[:0] for name, array in self.shard(0).items() if name != "indptr"}]
         lengths = [np.empty(0, np.int64)]
-        parts = {name: [shard[name][:0]] for name in names}
         for number, rows in self._runs(positions):
             shard = self.shard(number)
             indptr = shard["indptr"][rows.start : rows.stop + 1]
             lengths.append(np.diff(indptr))
-            for name in names:
-                slots = slice(indptr[0], indptr[-1]) if name in ("token_ids", "probs") else rows
-                parts[name].append(shard[name][slots])
-        joined = {name: torch.from_numpy(np.concatenate(parts[name])) for name in names}
+            entries = slice(indptr[0], indptr[-1])
+            places = {
+                name: entries if name in ("token_ids", "probs") else rows for name in parts[0]
+            }
+            parts.append({name: shard[name][place] for name, place in places.items()})
+        joined = {}
+        for name in parts[0]:
+            arrays = [part[name] for part in parts]
+            dtype = torch.from_numpy(arrays[0][:0].copy()).dtype
+            joined[name] = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=pin_memory)
+            np.concatenate(arrays, out=joined[name].numpy())
         targets = SparseTargets(
             torch.from_numpy(np.concatenate([[0], np.cumsum(np.concatenate(lengths))])),
             joined["token_ids"],

@@ -6,19 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from memdec.console import Progress
 from memdec.data.artefact import StageWriter, check_input, check_option
 from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
-from memdec.evaluation.forward import check_model, forward_blocks, label_log_probs
-from memdec.evaluation.knn_lm import knn_label_log_probs
-from memdec.modeling.key_layer import KeyRecorder
+from memdec.evaluation.forward import check_model, label_scores
+from memdec.evaluation.knn_lm import score_neighbours
 from memdec.modeling.loading import (
     compare_tokenizers,
     has_tokenizer,
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from memdec.evaluation.evaluate import EvalConfig
 
 KNN = "kNN"
+GATED = ("base", "memory")  # whose confidence the gate looks at
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,15 @@ class Scored:
 
     Attributes:
         log_probs: float32 [positions] per split; for kNN the neighbours alone, without the base.
+        confidence: float32 [positions, 2] per split, of base and memory
+            (:func:`memdec.modeling.gate.confidence`).
         seconds: for the reported split.
         parameters: of the models it needs beside the base.
         bytes: of those models, and of the datastore.
     """
 
     log_probs: dict[str, np.ndarray]
+    confidence: dict[str, np.ndarray]
     seconds: float
     parameters: int
     bytes: int
@@ -115,9 +117,8 @@ class Contenders:
         writer: StageWriter,
         name: str,
         model_name: str,
-        score: Callable[[str, PreTrainedModel, str], np.ndarray],
+        score: Callable[[str, PreTrainedModel, str], dict[str, np.ndarray]],
     ) -> Scored:
-        files = {split: f"scores/{split}-{name}.npy" for split in self.splits}
         if writer.note(name) is None:
             model = load_model(model_name, device=self.device, dtype=self.config.dtype)
             check_model(
@@ -133,15 +134,21 @@ class Contenders:
             }
             if name == KNN:
                 facts = self._knn_size(facts)
-            for split, file in files.items():
+            for split in self.splits:
                 start = time.monotonic()
-                log_probs = score(name, model, split)
+                arrays = score(name, model, split)
                 if split == self.config.split:
                     facts["seconds"] = time.monotonic() - start
-                writer.write(file, partial(np.save, arr=log_probs))
+                for folder, array in arrays.items():
+                    writer.write(f"{folder}/{split}-{name}.npy", partial(np.save, arr=array))
             writer.set_note(name, facts)
-        kept = {split: np.load(writer.file(file)) for split, file in files.items()}
-        return Scored(kept, **writer.note(name))
+
+        def kept(folder: str) -> dict[str, np.ndarray]:
+            files = {split: f"{folder}/{split}-{name}.npy" for split in self.splits}
+            return {split: np.load(writer.file(file)) for split, file in files.items()}
+
+        confidence = kept("confidence") if name in GATED else {}
+        return Scored(kept("scores"), confidence, **writer.note(name))
 
     def _knn_size(self, teacher: dict[str, float]) -> dict[str, float]:
         """What the kNN-LM needs beside the base: the datastore, and a teacher other than the base."""
@@ -151,43 +158,35 @@ class Contenders:
             return {"parameters": 0, "bytes": stored}
         return {"parameters": teacher["parameters"], "bytes": teacher["bytes"] + stored}
 
-    def _score_model(self, name: str, model: PreTrainedModel, split: str) -> np.ndarray:
-        stream = self._stream(split)
-        return label_log_probs(
+    def _score_model(self, name: str, model: PreTrainedModel, split: str) -> dict[str, np.ndarray]:
+        scores = label_scores(
             model,
-            stream,
-            block_size=self.config.block_size,
-            batch_blocks=self.config.batch_blocks,
-            vocab_size=self.corpus.vocab_size,
-            positions=self.positions(stream),
+            with_confidence=name in GATED,
+            **self._pass_over(split),
             description=f"{name} on {split}",
         )
+        arrays = {"scores": scores.log_probs, "confidence": scores.confidence}
+        return {folder: array for folder, array in arrays.items() if array is not None}
 
-    def _score_knn(self, name: str, model: PreTrainedModel, split: str) -> np.ndarray:
+    def _score_knn(self, name: str, model: PreTrainedModel, split: str) -> dict[str, np.ndarray]:
         assert self.datastore is not None
-        stream = self._stream(split)
-        positions = self.positions(stream)
-        result = np.empty(positions, np.float32)
-        batches = forward_blocks(
+        log_probs = score_neighbours(
             model,
-            stream,
-            block_size=self.config.block_size,
-            batch_blocks=self.config.batch_blocks,
-            vocab_size=self.corpus.vocab_size,
-            positions=positions,
+            datastore=self.datastore,
+            k=self.targets.k,
+            temperature=self.targets.temperature,
+            **self._pass_over(split),
+            description=f"{name} on {split}",
         )
-        with (
-            KeyRecorder(model, self.datastore.key_layer) as recorder,
-            Progress(f"{name} on {split}", positions, "tokens") as progress,
-        ):
-            for batch in batches:
-                queries = recorder.keys.flatten(0, 1).float().cpu().numpy()
-                distances, ids = self.datastore.search(queries, self.targets.k)
-                result[batch.start : batch.stop] = knn_label_log_probs(
-                    distances,
-                    self.datastore.neighbor_tokens(ids),
-                    stream.read(batch.start + 1, batch.stop + 1),
-                    self.targets.temperature,
-                )
-                progress.advance(batch.stop - batch.start)
-        return result
+        return {"scores": log_probs}
+
+    def _pass_over(self, split: str) -> dict[str, Any]:
+        """What every pass over a split is given."""
+        stream = self._stream(split)
+        return {
+            "stream": stream,
+            "block_size": self.config.block_size,
+            "batch_blocks": self.config.batch_blocks,
+            "vocab_size": self.corpus.vocab_size,
+            "positions": self.positions(stream),
+        }

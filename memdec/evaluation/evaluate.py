@@ -71,24 +71,29 @@ class EvalConfig(Config):
 def evaluate(config: EvalConfig, out: Path) -> Artefact:
     """Scores every contender on the same held-out tokens; prints and writes the table.
 
-    lmbda is chosen on validation, for joint and kNN-LM each, and used on the reported split.
+    lmbda is chosen on validation, for joint and kNN-LM each, and used on the reported split. So is
+    the gate that gives each token a lmbda of its own (:func:`memdec.evaluation.gate.fit_gate`).
 
     Writes ``eval.json``::
 
         {"split": str, "positions": int, "resampled": "documents" | "blocks",
          "lmbda": {"joint": float, "kNN-LM": float},
-         "rows": [{"name": "base" | "kNN-LM" | "memory" | "joint" | other, "nll": float,
+         "gate": {name: weight} (:class:`memdec.modeling.gate.Gate`),
+         "rows": [{"name": "base" | "kNN-LM" | "memory" | "joint" | "joint, adaptive lmbda" | other,
+                   "nll": float,
                    "perplexity": float, "interval": [low, high] (of perplexity, 95 %),
                    "gain": nats below base, "gain_interval": [low, high] (paired draws),
-                   "lmbda": float | None, "parameters": int, "bytes": int}],
+                   "lmbda": float | None (of the gate: its mean), "parameters": int,
+                   "bytes": int}],
          "curves": {"lmbda": [...], "joint": {split: [nll]}, "kNN-LM": {split: [nll]}},
          "frequency": [{"bucket": "1-9", "low": 1, "high": 9 | None, "positions": int,
                         "nll": {name: float}}]}
 
     where an infinite value is None; ``passage.json`` with the probability of each of the first
     tokens of the split under ``base``, ``memory``, ``joint`` and ``kNN-LM``; ``scores/``, the
-    float32 log-probability of each position's label per split and contender. ``timing.json`` has
-    the seconds that scoring the reported split took, by row.
+    float32 log-probability of each position's label per split and contender, and ``confidence/``,
+    what the gate sees of base and memory. ``timing.json`` has the seconds that scoring the reported
+    split took, by row.
 
     Raises:
         MemdecError: an input that does not belong to the others, named with both fingerprints.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +13,22 @@ from transformers import PreTrainedModel
 from memdec.console import Progress
 from memdec.data.corpus import TokenStream, block_batches
 from memdec.errors import MemdecError
+from memdec.modeling.gate import confidence
 from memdec.modeling.isolation import check_isolation
 from memdec.ops import token_log_probs
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """Positions [start, stop) of a stream and log p(label), float32 [stop - start]."""
+    """Positions [start, stop) of a stream: log p(label), float32 [stop - start], and confidence.
+
+    `confidence` is float32 [stop - start, 2] (:func:`memdec.modeling.gate.confidence`), or None.
+    """
 
     start: int
     stop: int
     log_probs: np.ndarray
+    confidence: np.ndarray | None
 
 
 def forward_blocks(
@@ -33,6 +39,7 @@ def forward_blocks(
     batch_blocks: int,
     vocab_size: int,
     positions: int | None = None,
+    with_confidence: bool = False,
 ) -> Iterator[ForwardBatch]:
     """Runs the model over a stream's blocks, in order, each block a context of its own.
 
@@ -44,6 +51,7 @@ def forward_blocks(
         model: on its device; run in evaluation mode without gradients, left as it was.
         vocab_size: the tokenizer's real tokens; logits beyond them are padding and take no mass.
         positions: how many positions to run (default: all of them).
+        with_confidence: whether each batch has it.
 
     Raises:
         MemdecError: the model is narrower than the vocabulary or its context than a block.
@@ -62,14 +70,65 @@ def forward_blocks(
             labels = stream.read(start + 1, stop + 1).astype(np.int64).reshape(rows, -1)
             with torch.inference_mode():
                 logits = model(**inputs, use_cache=False).logits
+                real = min(vocab_size, logits.shape[-1])
                 scores = token_log_probs(
-                    logits,
-                    torch.from_numpy(labels).to(device),
-                    vocab_size=min(vocab_size, logits.shape[-1]),
+                    logits, torch.from_numpy(labels).to(device), vocab_size=real
                 )
-            yield ForwardBatch(start, stop, scores.flatten().cpu().numpy())
+                sure = confidence(logits, real) if with_confidence else None
+            yield ForwardBatch(
+                start,
+                stop,
+                scores.flatten().cpu().numpy(),
+                None if sure is None else sure.flatten(0, 1).cpu().numpy(),
+            )
     finally:
         model.train(was_training)
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Log p(label), float32 [positions], and confidence, float32 [positions, 2], or None."""
+
+    log_probs: np.ndarray
+    confidence: np.ndarray | None
+
+
+def label_scores(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    *,
+    block_size: int,
+    batch_blocks: int,
+    vocab_size: int,
+    positions: int | None = None,
+    with_confidence: bool = True,
+    description: str | None = None,
+) -> LabelScores:
+    """Every position at once; arguments of :func:`forward_blocks`.
+
+    `description` names the pass in a progress bar; None shows no bar.
+    """
+    total = stream.positions if positions is None else positions
+    log_probs = np.empty(total, np.float32)
+    sure = np.empty((total, 2), np.float32) if with_confidence else None
+    batches = forward_blocks(
+        model,
+        stream,
+        block_size=block_size,
+        batch_blocks=batch_blocks,
+        vocab_size=vocab_size,
+        positions=positions,
+        with_confidence=with_confidence,
+    )
+    bar = None if description is None else Progress(description, total, "tokens")
+    with bar or nullcontext():
+        for batch in batches:
+            log_probs[batch.start : batch.stop] = batch.log_probs
+            if sure is not None:
+                sure[batch.start : batch.stop] = batch.confidence
+            if bar is not None:
+                bar.advance(batch.stop - batch.start)
+    return LabelScores(log_probs, sure)
 
 
 def label_log_probs(
@@ -82,29 +141,17 @@ def label_log_probs(
     positions: int | None = None,
     description: str | None = None,
 ) -> np.ndarray:
-    """Log p(label) at every position, float32 [positions]; arguments of :func:`forward_blocks`.
-
-    `description` names the pass in a progress bar; None shows no bar.
-    """
-    total = stream.positions if positions is None else positions
-    result = np.empty(total, np.float32)
-    batches = forward_blocks(
+    """Log p(label) at every position, float32 [positions]; arguments of :func:`label_scores`."""
+    return label_scores(
         model,
         stream,
         block_size=block_size,
         batch_blocks=batch_blocks,
         vocab_size=vocab_size,
         positions=positions,
-    )
-    if description is None:
-        for batch in batches:
-            result[batch.start : batch.stop] = batch.log_probs
-    else:
-        with Progress(description, total, "tokens") as progress:
-            for batch in batches:
-                result[batch.start : batch.stop] = batch.log_probs
-                progress.advance(batch.stop - batch.start)
-    return result
+        with_confidence=False,
+        description=description,
+    ).log_probs
 
 
 def check_model(

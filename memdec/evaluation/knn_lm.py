@@ -2,7 +2,69 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+from memdec.console import Progress
+
+if TYPE_CHECKING:  # torch and transformers are slow to import
+    from transformers import PreTrainedModel
+
+    from memdec.data.corpus import TokenStream
+    from memdec.data.datastore import Datastore
+
+
+def score_neighbours(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    datastore: Datastore,
+    *,
+    k: int,
+    temperature: float,
+    block_size: int,
+    batch_blocks: int,
+    vocab_size: int,
+    positions: int | None = None,
+    description: str | None = None,
+) -> np.ndarray:
+    """Log p(label) of the neighbours alone at every position, float32 [positions].
+
+    Args:
+        model: the teacher that made the datastore's keys.
+        k: neighbours of a position.
+        temperature: divides their squared distances.
+        description: as in :func:`memdec.evaluation.forward.label_scores`, with what follows
+            `temperature`.
+    """
+    from memdec.evaluation.forward import forward_blocks
+    from memdec.modeling.key_layer import KeyRecorder
+
+    total = stream.positions if positions is None else positions
+    result = np.empty(total, np.float32)
+    batches = forward_blocks(
+        model,
+        stream,
+        block_size=block_size,
+        batch_blocks=batch_blocks,
+        vocab_size=vocab_size,
+        positions=total,
+    )
+    bar = None if description is None else Progress(description, total, "tokens")
+    with KeyRecorder(model, datastore.key_layer) as recorder, bar or nullcontext():
+        for batch in batches:
+            queries = recorder.keys.flatten(0, 1).float().cpu().numpy()
+            distances, ids = datastore.search(queries, k)
+            result[batch.start : batch.stop] = knn_label_log_probs(
+                distances,
+                datastore.neighbor_tokens(ids),
+                stream.read(batch.start + 1, batch.stop + 1),
+                temperature,
+            )
+            if bar is not None:
+                bar.advance(batch.stop - batch.start)
+    return result
 
 
 def knn_label_log_probs(

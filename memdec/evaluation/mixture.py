@@ -7,8 +7,12 @@ import numpy as np
 LMBDAS = np.linspace(0.0, 1.0, 51)
 
 
-def mix_log_probs(base: np.ndarray, other: np.ndarray, lmbda: float) -> np.ndarray:
-    """log((1 - lmbda) * p_base + lmbda * p_other), float64, elementwise; -inf is a probability of 0."""
+def mix_log_probs(base: np.ndarray, other: np.ndarray, lmbda: float | np.ndarray) -> np.ndarray:
+    """log((1 - lmbda) * p_base + lmbda * p_other), float64, elementwise; -inf is a probability of 0.
+
+    `lmbda` is one number, or one a position.
+    """
+    lmbda = np.asarray(lmbda, np.float64)
     with np.errstate(divide="ignore"):
         return np.logaddexp(
             np.log1p(-lmbda) + base.astype(np.float64), np.log(lmbda) + other.astype(np.float64)

@@ -1,25 +1,31 @@
-"""From scores to the results: table, intervals, lmbda curves, gains by frequency, a passage."""
+"""From scores to the results: table, intervals, lmbda curves, gate, gains by frequency, passage."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from memdec.data.artefact import TIMING, Artefact
 from memdec.data.corpus import TokenCorpus
 from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
-from memdec.evaluation.contenders import KNN, Scored
+from memdec.evaluation.contenders import GATED, KNN, Scored
+from memdec.evaluation.gate import fit_gate
 from memdec.evaluation.mixture import LMBDAS, best_lmbda, lmbda_curve, mix_log_probs
+from memdec.evaluation.passage import make_passage, pieces
+from memdec.modeling.gate import Gate
 
 if TYPE_CHECKING:
     from memdec.evaluation.evaluate import EvalConfig
 
-# What the base is mixed with, and under which name.
+# What the base is mixed with, and under which name: at one lmbda, and at one a token.
 _MIXTURES = {"joint": "memory", "kNN-LM": KNN}
+ADAPTIVE = "joint, adaptive lmbda"
 _PASSAGE_TOKENS = 400
 _BUCKET_STARTS = (0, 1, 10, 100, 1_000, 10_000)
 
@@ -31,12 +37,16 @@ def summarise(
     stream = corpus.split(config.split)
     mixtures = {name: part for name, part in _MIXTURES.items() if part in scored}
     base = scored["base"].log_probs
-    lmbdas = {
+    fixed = {
         name: best_lmbda(base["validation"], scored[part].log_probs["validation"])[0]
         if config.lmbda is None
         else config.lmbda
         for name, part in mixtures.items()
     }
+    gate = _fitted_gate(scored)
+    lmbdas = {name: np.asarray(lmbda) for name, lmbda in fixed.items()}
+    lmbdas[ADAPTIVE] = _gated_lmbda(gate, scored, config.split)
+    mixtures[ADAPTIVE] = mixtures["joint"]
     log_probs = _reported(scored, mixtures, lmbdas, config.split)
     positions = len(log_probs["base"])
     resampled, units = resampling_units(positions, stream.documents, config.block_size)
@@ -57,7 +67,7 @@ def summarise(
                 "gain_interval": [
                     _finite(end) for end in interval(samples[:, 0] - samples[:, column])
                 ],
-                "lmbda": lmbdas.get(name),
+                "lmbda": float(lmbdas[name].mean()) if name in lmbdas else None,
                 "parameters": sum(scored[part].parameters for part in parts),
                 "bytes": sum(scored[part].bytes for part in parts),
             }
@@ -67,33 +77,49 @@ def summarise(
         "split": config.split,
         "positions": positions,
         "resampled": resampled,
-        "lmbda": lmbdas,
+        "lmbda": fixed,
+        "gate": dataclasses.asdict(gate),
         "rows": rows,
         "curves": {
             "lmbda": LMBDAS.round(6).tolist(),
-            **{name: _curves(scored, part) for name, part in mixtures.items()},
+            **{name: _curves(scored, mixtures[name]) for name in fixed},
         },
         "frequency": _by_frequency(corpus, labels, log_probs),
     }
-    return results, _passage(corpus, labels, log_probs)
+    head = {name: values[:_PASSAGE_TOKENS] for name, values in log_probs.items()}
+    # Not chosen by hand: the first tokens of the split.
+    tokens = pieces(corpus.tokenizer(), labels[:_PASSAGE_TOKENS].tolist())
+    return results, make_passage(tokens, head)
+
+
+def _fitted_gate(scored: Mapping[str, Scored]) -> Gate:
+    parts = [scored[name] for name in GATED]
+    return fit_gate(
+        *(part.log_probs["validation"] for part in parts),
+        *(part.confidence["validation"] for part in parts),
+    )
+
+
+def _gated_lmbda(gate: Gate, scored: Mapping[str, Scored], split: str) -> np.ndarray:
+    """The memory's weight at each position of a split, float32 [positions]."""
+    base, memory = (torch.from_numpy(scored[name].confidence[split]) for name in GATED)
+    return gate.lmbda(base, memory).numpy()
 
 
 def _reported(
     scored: Mapping[str, Scored],
     mixtures: Mapping[str, str],
-    lmbdas: Mapping[str, float],
+    lmbdas: Mapping[str, np.ndarray],
     split: str,
 ) -> dict[str, np.ndarray]:
     """Log-probabilities of the rows in the order of the table: base first, the others last."""
     base = scored["base"].log_probs[split]
-    mixed = {
-        name: mix_log_probs(base, scored[part].log_probs[split], lmbdas[name])
-        for name, part in mixtures.items()
-    }
-    alone = {name: one.log_probs[split] for name, one in scored.items() if name != KNN}
-    first = [name for name in ("base", "kNN-LM", "memory", "joint") if name in {**alone, **mixed}]
-    rest = [name for name in alone if name not in first]
-    return {name: {**alone, **mixed}[name] for name in [*first, *rest]}
+    found = {name: one.log_probs[split] for name, one in scored.items() if name != KNN}
+    for name, part in mixtures.items():
+        found[name] = mix_log_probs(base, scored[part].log_probs[split], lmbdas[name])
+    first = ("base", "kNN-LM", "memory", "joint", ADAPTIVE)
+    order = [name for name in first if name in found]
+    return {name: found[name] for name in [*order, *(name for name in found if name not in first)]}
 
 
 def _curves(scored: Mapping[str, Scored], part: str) -> dict[str, list[float | None]]:
@@ -137,29 +163,6 @@ def _train_counts(corpus: TokenCorpus) -> np.ndarray:
     return counts
 
 
-def _passage(
-    corpus: TokenCorpus, labels: np.ndarray, log_probs: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """The first tokens of the split, not chosen by hand, with their probabilities."""
-    tokenizer = corpus.tokenizer()
-    passage: dict[str, Any] = {"tokens": _pieces(tokenizer, labels[:_PASSAGE_TOKENS].tolist())}
-    for name in ("base", "memory", "joint", "kNN-LM"):
-        if name in log_probs:
-            passage[name] = np.exp(log_probs[name][:_PASSAGE_TOKENS]).round(8).tolist()
-    return passage
-
-
-def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """What each token adds to the text; a character cut into several tokens comes with the last."""
-    pieces, before = [], ""
-    for stop in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:stop], clean_up_tokenization_spaces=False)
-        text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append(text[len(before) :])
-        before = text
-    return pieces
-
-
 def _exp(value: float) -> float:
     """exp without an OverflowError."""
     return math.exp(value) if value < 700 else math.inf
@@ -176,7 +179,7 @@ def row_seconds(scored: Mapping[str, Scored]) -> dict[str, float]:
     for name, part in _MIXTURES.items():
         if part in scored:
             seconds[name] = scored["base"].seconds + scored[part].seconds
-    return seconds
+    return {**seconds, ADAPTIVE: seconds["joint"]}
 
 
 def print_table(artefact: Artefact) -> None:

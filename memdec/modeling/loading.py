@@ -46,7 +46,9 @@ def pick_device(device: str) -> torch.device:
     try:
         picked = torch.device(device)
     except RuntimeError:
-        raise MemdecError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda"):
+        raise MemdecError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise MemdecError(f"device {device!r} asked for, torch sees {_gpus()}")
     return picked

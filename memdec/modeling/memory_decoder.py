@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,6 +26,7 @@ from transformers.utils import can_return_tuple
 from memdec.config import require
 from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE, MemoryDecoderCache
+from memdec.modeling.gate import Gate, confidence
 from memdec.modeling.loading import (
     Dtype,
     compare_tokenizers,
@@ -42,7 +44,8 @@ class MemoryDecoderConfig(PreTrainedConfig):
     """How base and memory go together.
 
     Args:
-        lmbda: the memory's weight in the mixture, in [0, 1].
+        lmbda: the memory's weight in the mixture, in [0, 1], or the fields of a
+            :class:`memdec.modeling.gate.Gate`, which gives each token a weight of its own.
         base_name: directory, hub name or .gguf file of the base; None when it is saved beside.
         tokenizer_size: ``len(tokenizer)``, the number of real tokens; columns of the logits from
             there on are padding. None: all are real.
@@ -53,7 +56,7 @@ class MemoryDecoderConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        lmbda: float = 0.5,
+        lmbda: float | dict[str, float] = 0.5,
         base_name: str | None = None,
         tokenizer_size: int | None = None,
         vocab_size: int = 0,
@@ -106,7 +109,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         base: PreTrainedModel,
         memory: PreTrainedModel,
         *,
-        lmbda: float,
+        lmbda: float | Gate,
         tokenizer: PreTrainedTokenizerBase | None = None,
         memory_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Self:
@@ -116,7 +119,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             base: any decoder-only model.
             memory: a decoder-only model of the same tokenizer, on the base's device; its output
                 may have another width.
-            lmbda: the memory's weight, in [0, 1].
+            lmbda: the memory's weight, in [0, 1], or a gate that chooses one for each token.
             tokenizer: the base's; its length says how many columns of the logits are real tokens.
             memory_tokenizer: the memory's; compared with `tokenizer` when both are given.
 
@@ -124,11 +127,12 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             MemdecError: `lmbda` out of range, tokenizers that differ (the message names the first
                 differing tokens), a model without a key-value cache.
         """
-        require(0 <= lmbda <= 1, "lmbda", "in [0, 1]", lmbda)
+        if not isinstance(lmbda, Gate):
+            require(0 <= lmbda <= 1, "lmbda", "in [0, 1]", lmbda)
         if tokenizer is not None and memory_tokenizer is not None:
             compare_tokenizers(tokenizer, memory_tokenizer)
         config = MemoryDecoderConfig(
-            lmbda=float(lmbda),
+            lmbda=dataclasses.asdict(lmbda) if isinstance(lmbda, Gate) else float(lmbda),
             base_name=base.config.name_or_path or None,
             tokenizer_size=None if tokenizer is None else len(tokenizer),
             vocab_size=base.config.get_text_config().vocab_size,
@@ -163,7 +167,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls.from_models(
             load_model(base, device=device, dtype=dtype),
             load_model(directory / MEMORY, device=device, dtype=dtype),
-            lmbda=config.lmbda,
+            lmbda=_lmbda(config),
             tokenizer=_tokenizer_of(base),
             memory_tokenizer=_tokenizer_of(directory / MEMORY),
         )
@@ -251,12 +255,11 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         base = _run(self.base, input_ids, base_cache, shared, **kwargs)
         memory = _run(self.memory, self._memory_ids(input_ids), memory_cache, shared)
         width = base.logits.shape[-1]
-        log_probs = fused_interpolate(
-            base.logits,
-            memory.logits,
-            self.config.lmbda,
-            vocab_size=min(self.config.tokenizer_size or width, width),
-        )
+        real = min(self.config.tokenizer_size or width, width)
+        weight = _lmbda(self.config)
+        if isinstance(weight, Gate):
+            weight = weight.lmbda(confidence(base.logits, real), confidence(memory.logits, real))
+        log_probs = fused_interpolate(base.logits, memory.logits, weight, vocab_size=real)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
@@ -314,6 +317,11 @@ def _run(
         # Bloom and MPT place tokens by the mask alone.
         shared = {name: value for name, value in shared.items() if name != "position_ids"}
     return model(input_ids=input_ids, **{CACHE: cache}, **shared, **kwargs, return_dict=True)
+
+
+def _lmbda(config: Any) -> Any:
+    """A number, or the gate whose fields the configuration holds."""
+    return Gate(**config.lmbda) if isinstance(config.lmbda, dict) else config.lmbda
 
 
 def _has_key_value_cache(model: PreTrainedModel) -> bool:

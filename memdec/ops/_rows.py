@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
+from memdec import _native
+from memdec.ops._registration import is_traced
+
 # DType in csrc/common/args.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# From here on the page faults of a result cost more than the advice.
+_HUGE_RESULT_BYTES = 4 * 2**20
 
 # RowsView in csrc/common/args.h: data, dtype, cols, inner_rows, outer_stride, inner_stride.
 RowsView = tuple[int, int, int, int, int, int]
@@ -30,7 +36,12 @@ def rows_view(tensor: Tensor) -> tuple[Tensor, RowsView]:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of the same shape; half the host time of `torch.empty`."""
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    result = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    # The type first, so that nobody looks at a trace's symbolic size.
+    large = type(result) is Tensor and result.is_cpu and result.nbytes >= _HUGE_RESULT_BYTES
+    if large and not is_traced(result):
+        _native.advise_huge_pages(result)
+    return result
 
 
 def collapse(tensor: Tensor) -> tuple[int, int, int] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +11,8 @@ from typing import Any
 
 from memdec.data.artefact import TIMING, Artefact
 from memdec.report.figures import gains_by_frequency, lmbda_curve, training_curve
-from memdec.report.passage import coloured_passage, legend
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8a8f9855; --soft: #8a8f98; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
-       background: #fff; color: #1c1f24; }
-@media (prefers-color-scheme: dark) { body { background: #16181c; color: #e3e6ea; } }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; font-size: .85rem; }
-tr.joint td { font-weight: 600; }
-svg { width: 100%; height: auto; }
-.passage { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.75 ui-monospace, monospace;
-           border: 1px solid var(--line); border-radius: 6px; padding: .8rem; }
-.passage span { border-radius: 3px; }
-.key { padding: .1rem .5rem; margin-right: .3rem; border-radius: 3px; font-size: .85rem;
-       border: 1px solid var(--line); }
-.soft { color: var(--soft); }
-dt, dd { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.5 ui-monospace, monospace; }
-dt { font-weight: 600; margin-top: 1.2rem; }
-dd { margin: .4rem 0 .4rem 1.2rem; padding-left: .8rem; border-left: 2px solid var(--line); }
-"""
+from memdec.report.passage import PASSAGE_NOTE, coloured_passage
+from memdec.report.shell import write_page
 
 
 @dataclass(frozen=True)
@@ -76,31 +54,18 @@ def write_report(
         f"<p>{_FREQUENCY}</p>",
         gains_by_frequency(results),
         "<h2>A held-out passage</h2>",
-        f"<p>{_PASSAGE} {legend()}</p>",
+        PASSAGE_NOTE,
         coloured_passage(passage),
         _continuations(continuations),
         "<h2>Parameters of the evaluation</h2>",
         _parameters(artefact.manifest["params"]),
     ]
-    page = (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
-        + "\n".join(sections)
-        + "\n</html>\n"
-    )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_page(path, title, sections)
 
 
 _FREQUENCY = (
     "Held-out tokens grouped by how often the same token occurs in the train split (below each "
     "group, in brackets, the held-out tokens it holds); higher is better."
-)
-_PASSAGE = (
-    "Each token is coloured by what the memory added: the log-probability under joint less that "
-    "under base. Hover over a token for its probabilities."
 )
 
 

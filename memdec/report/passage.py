@@ -1,4 +1,4 @@
-"""A held-out passage with each token coloured by what the memory added."""
+"""A passage with each token coloured by what the memory added."""
 
 from __future__ import annotations
 
@@ -7,52 +7,56 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from memdec.evaluation.passage import NAMES
+
 _FULL_COLOUR = 3.0  # nats at which the colour is strongest
-_SHOWN = ("base", "memory", "joint", "kNN-LM")
+_UNDERLINED = -0.1  # nats from which on a loss is underlined: colour is not the only sign
+# Bluish green and vermilion of Okabe and Ito, which colour-blind readers tell apart.
+MORE, LESS = (0, 158, 115), (213, 94, 0)
 
 
 def coloured_passage(passage: Mapping[str, Any]) -> str:
-    """HTML of the passage; hovering over a token shows its probabilities.
+    """HTML of what :func:`memdec.evaluation.passage.make_passage` made.
 
-    Green: joint gives the token more probability than base does; red: less.
+    Green: joint gives the token more probability than base does; red and underlined: less. Hovering
+    over a token shows its probabilities.
     """
-    names = [name for name in _SHOWN if name in passage]
+    names = [name for name in NAMES if name in passage]
     spans = []
     for index, token in enumerate(passage["tokens"]):
         chances = {name: passage[name][index] for name in names}
         gain = _log(chances["joint"]) - _log(chances["base"])
-        note = "\n".join(f"{name} {_percent(chance)}" for name, chance in chances.items())
-        spans.append(
-            f'<span style="background:{_colour(gain)}" title="{html.escape(note)}">'
-            f"{_visible(token)}</span>"
-        )
+        note = "\n".join(f"{name} {percent(chance)}" for name, chance in chances.items())
+        text = html.escape(token).replace("\n", "↵\n")
+        spans.append(f'<span {shade(gain)} title="{html.escape(note)}">{text}</span>')
     return f'<p class="passage">{"".join(spans)}</p>'
 
 
-def legend() -> str:
-    """The scale of the colours."""
-    steps = (-3, -1, 0, 1, 3)
-    return "".join(
-        f'<span class="key" style="background:{_colour(step)}">{step:+d} nats</span>'
-        if step
-        else f'<span class="key" style="background:{_colour(step)}">as base</span>'
-        for step in steps
-    )
-
-
-def _colour(gain: float) -> str:
+def shade(gain: float, name: str = "") -> str:
+    """HTML attributes of an element that shows a gain in nats; `name` is a further class."""
     strength = min(abs(gain) / _FULL_COLOUR, 1.0)
-    red_green_blue = "38,166,91" if gain > 0 else "214,69,65"
-    return f"rgba({red_green_blue},{0.75 * strength:.2f})"
+    red, green, blue = MORE if gain > 0 else LESS
+    names = f"{name} less" if gain <= _UNDERLINED else name
+    class_ = f'class="{names.strip()}" ' if names else ""
+    return f'{class_}style="background:rgba({red},{green},{blue},{0.65 * strength:.2f})"'
 
 
-def _visible(token: str) -> str:
-    return html.escape(token).replace("\n", "↵\n")
+def percent(chance: float) -> str:
+    """Three digits."""
+    return f"{100 * chance:.3g} %"
+
+
+def _key(nats: int) -> str:
+    return f"<span {shade(nats, 'key')}>{f'{nats:+d} nats' if nats else 'as base'}</span>"
 
 
 def _log(chance: float) -> float:
     return math.log(max(chance, 1e-30))
 
 
-def _percent(chance: float) -> str:
-    return f"{100 * chance:.3g} %"
+PASSAGE_NOTE = (
+    "<p>Each token is coloured by what the memory added: the log-probability under joint less that "
+    "under base. Hover over a token for its probabilities. "
+    + "".join(_key(nats) for nats in (-3, -1, 0, 1, 3))
+    + "</p>"
+)

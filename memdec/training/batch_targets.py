@@ -51,13 +51,14 @@ class NoTargets:
 
 @dataclass(frozen=True)
 class StoredTargets:
-    """Distributions as they lie on disk."""
+    """Distributions as they lie on disk; pinned where a GPU is to fetch them."""
 
     store: TargetStore
+    pin_memory: bool = False
 
     def read(self, positions: np.ndarray, labels: np.ndarray) -> Batch:
         real = positions >= 0
-        rows = self.store.gather(positions[real])
+        rows = self.store.gather(positions[real], pin_memory=self.pin_memory)
         check_rows(self.store.artefact.path, rows, positions[real], labels[real])
         row_starts = np.concatenate([[0], np.cumsum(real)])
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,8 @@ class TrainConfig(LoopConfig):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
         temperature = self.temperature
-        require(temperature is None or temperature > 0, "temperature", "above 0", temperature)
+        finite = temperature is None or 0 < temperature < math.inf
+        require(finite, "temperature", "above 0 and finite", temperature)
         if self.memory_width is not None and self.memory_init != "fresh":
             raise MemdecError("memory_width goes with memory_init fresh only")
 
@@ -163,11 +165,13 @@ def _batch_targets(
     config: TrainConfig, store: TargetStore
 ) -> tuple[BatchTargets, dict[str, float | int | None]]:
     """Where the target rows come from, and what was chosen for them, for the manifest."""
+    from memdec.modeling.loading import pick_device
     from memdec.training.batch_targets import StoredNeighbours, StoredTargets
 
     config.check_kept(store.k if store.keeps_neighbours else None)
     if not store.keeps_neighbours:
-        return StoredTargets(store), {}
+        on_gpu = pick_device(config.device).type == "cuda"
+        return StoredTargets(store, pin_memory=on_gpu), {}
     neighbours = StoredNeighbours(
         store,
         k=config.k or store.k,

@@ -153,6 +153,34 @@ def test_a_lmbda_outside_its_range(memdec, tiny, out, lmbda):
     refused(result, out, "lmbda must be in [0, 1], got")
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+@pytest.mark.parametrize("command", ["prepare", "datastore", "audit", "eval"])
+def test_a_seed_that_numpy_does_not_take(memdec, tiny, out, command, seed):
+    """Found out before hours of work, not where the seed is used."""
+    given = {
+        "prepare": ("--tokenizer", tiny.model, "--corpus", tiny.corpus, "--out", out),
+        "datastore": ("--tokens", tiny.tokens, "--model", tiny.model, "--out", out),
+        "audit": ("--tokens", tiny.tokens, "--targets", tiny.targets),
+        "eval": (
+            "--tokens",
+            tiny.tokens,
+            "--base",
+            tiny.model,
+            "--memory",
+            tiny.model,
+            "--out",
+            out,
+        ),
+    }[command]
+    refused(memdec(command, *given, "--seed", seed), out, f"seed must be in [0, {1 << 32})")
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "gpu", ""])
+def test_a_device_that_is_none(memdec, tiny, out, device):
+    given = ("--tokens", tiny.tokens, "--model", tiny.model, "--block-size", 32, "--out", out)
+    refused(memdec("datastore", *given, "--device", device), out, "device must be auto, cpu, cuda")
+
+
 def test_an_unfinished_or_missing_input(memdec, tiny, out, tmp_path):
     result = memdec("datastore", "--model", tiny.model, "--tokens", tmp_path, "--out", out)
     refused(result, out, str(tmp_path))

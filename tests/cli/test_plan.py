@@ -14,9 +14,10 @@ from memdec import plan as plan_module
 from memdec.build import BuildConfig
 from memdec.build import plan as plan_steps
 from memdec.errors import MemdecError
+from memdec.machine import Machine
 from memdec.modeling.loading import load_shape
 from memdec.modeling.memory_init import initial_memory
-from memdec.needs import Corpus, Machine, Need, Shape, _shape, estimate
+from memdec.needs import Corpus, Need, Shape, _shape, estimate
 from memdec.plan import count_tokens, misfits, plan
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no FAISS")
@@ -96,7 +97,7 @@ def test_the_disk_of_kept_neighbours(tiny, tmp_path, dtype):
 
 
 @needs_faiss
-@pytest.mark.parametrize("spec", ["IVF8,SQfp16", "IVF16,PQ4x4", "IVF8,Flat"])
+@pytest.mark.parametrize("spec", ["IVF8,SQfp16", "IVF16,PQ4x4", "IVF8,Flat", "HNSW8"])
 def test_the_disk_of_an_index_and_no_keys(tiny, tmp_path, spec):
     from memdec.data.datastore import DatastoreConfig, datastore
 
@@ -114,7 +115,10 @@ def test_a_memory_of_fewer_layers(tiny, layers):
     memory = initial_memory(tiny.model, layers=layers)
     found = shape.of_layers(layers, in_layers)
     real = sum(weight.numel() for weight in memory.parameters())
-    assert found == Shape(real, layers, memory.config.hidden_size, memory.config.vocab_size)
+    config = memory.config
+    assert found == Shape(
+        real, layers, config.hidden_size, config.vocab_size, config.max_position_embeddings
+    )
 
 
 def test_a_shape_has_no_weights(tiny):
@@ -196,6 +200,74 @@ def test_the_command(tiny, tmp_path, memdec, monkeypatch):
     result = memdec("plan", *given, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "does not fit: adapt needs" in result.stderr
+
+
+@needs_faiss
+def test_the_command_with_an_index(tiny, tmp_path, memdec):
+    """The measured machine has every rate that the arithmetic asks for."""
+    given = ["--base", tiny.model, "--corpus", tiny.corpus, "--out", tmp_path / "out"]
+    given += ["--set", "prepare.documents=line", "--block-size", 32, "--device", "cpu"]
+    result = memdec("plan", *given, "--set", "datastore.index=IVF8,Flat")
+    assert result.exit_code == 0, result.output
+    assert "index IVF8,Flat: asked for" in result.stdout
+
+
+@needs_faiss
+@pytest.mark.parametrize("source", ["knn", "mixture"])
+def test_a_gpu_search_beside_the_teacher(tiny, monkeypatch, source):
+    """What the teacher holds is not there for the copy; the plan says which of them gives way."""
+    monkeypatch.setattr("memdec.data.faiss_gpu.takes", lambda *_: True)
+    corpus = Corpus(10**7, 100, 0, False)
+    settings = {"knn": (), "mixture": ("targets.source=mixture", "targets.batch_blocks=4096")}[
+        source
+    ]
+    roomy = dataclasses.replace(GPU, faiss_gpus=(0,))
+    found = needs(tiny, *settings, corpus=corpus, machine=roomy)["targets"]
+    assert found.note.endswith("a row; FAISS searches a copy on the GPU")
+    alone = needs(tiny, *settings, corpus=corpus, machine=GPU)["targets"]
+    assert alone.note.endswith("FAISS searches on the CPU: the one installed has no GPU")
+    copy = found.gpu_memory - alone.gpu_memory
+    assert copy > 10**7 * 2 * 32
+    tight = dataclasses.replace(roomy, gpu_memory=copy + (1 << 30))
+    found = needs(tiny, *settings, corpus=corpus, machine=tight)["targets"]
+    assert ("a copy needs" in found.note) == (source == "mixture")
+    assert found.gpu_memory <= max(tight.gpu_memory, alone.gpu_memory)
+
+
+@needs_faiss
+def test_copies_that_are_left_out_need_more_neighbours(tiny, monkeypatch):
+    monkeypatch.setattr("memdec.data.faiss_gpu.takes", lambda *_: True)
+    machine = dataclasses.replace(GPU, faiss_gpus=(0,))
+    corpus = Corpus(10**7, 100, 0, False)
+    for setting, note in (("targets.k=1800", "a copy"), ("targets.drop_same_context=8", "2267")):
+        given = ("targets.k=1800", setting)
+        assert note in needs(tiny, *given, corpus=corpus, machine=machine)["targets"].note
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("targets.k=5000",), r"targets: k is 5,000, there are [\d,]+ train tokens"),
+        (("prepare.max_tokens=40",), r"block_size is 32, there are [\d,]+ train tokens"),
+        (("train.memory_layers=4",), "train: memory_layers is 4, the teacher has 3"),
+        (("prepare.documents=file",), "has 1 distinct documents .* at least 3 are needed"),
+    ],
+)
+def test_what_a_stage_would_refuse_later(tiny, settings, message):
+    with pytest.raises(MemdecError, match=message):
+        plan(config(tiny, *settings, device="cpu"), Path("out"))
+
+
+def test_blocks_longer_than_the_context(tiny):
+    given = dataclasses.replace(config(tiny), block_size=65)
+    with pytest.raises(MemdecError, match="block_size is 65, the teacher's context 64"):
+        plan(given, Path("out"))
+
+
+def test_a_directory_of_something_else(tiny, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(MemdecError, match=r"holds thesis\.tex, which is not of this command"):
+        plan(config(tiny), tmp_path)
 
 
 def test_keys_that_an_exact_index_needs(tiny):

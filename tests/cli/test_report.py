@@ -78,8 +78,10 @@ def test_the_passage_keeps_its_text_and_colours_gains(page):
     colours = re.findall(r"background:rgba\((\d+),\d+,\d+,([\d.]+)\)", passage)
     assert len(colours) == 6
     gained, lost, same = colours[2], colours[4], colours[5]
-    assert (gained[0], lost[0]) == ("38", "214")
+    assert (gained[0], lost[0]) == ("0", "213")
     assert float(gained[1]) > float(lost[1]) > float(same[1]) == 0
+    underlined = [index for index, span in enumerate(passage.split("<span ")[1:]) if "less" in span]
+    assert underlined == [0, 4]  # a colour is not the only sign of a loss
     assert "base 0.01 %\nmemory 60 %\njoint 30 %" in passage
 
 

@@ -9,10 +9,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_tiny import contents
 
-from memdec.data.artefact import Artefact, fingerprint, stage
+from memdec.data.artefact import Artefact, clear_disk_errors, fingerprint, stage
 from memdec.errors import MemdecError
 
 PARAMS = {"k": 3, "spec": None}
@@ -149,6 +150,18 @@ def test_a_full_disk_is_one_clear_line_and_the_rerun_keeps_what_was_finished(tmp
     assert (tmp_path / "shards" / "part-0.bin").stat().st_mtime_ns == kept
 
 
+def test_what_numpy_says_of_a_full_disk_is_understood(tmp_path):
+    """It writes arrays itself and says how many numbers are missing, and not why."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with (
+        pytest.raises(MemdecError, match=r"the disk is full: .*keys\.npy could not be written"),
+        clear_disk_errors(tmp_path / "keys.npy"),
+        open("/dev/full", "wb") as full,
+    ):
+        np.save(full, np.zeros(10**6))
+
+
 def test_a_failed_directory_leaves_no_part_of_it(tmp_path):
     def failing(directory: Path) -> None:
         (directory / "config.json").write_text("{}")
@@ -170,8 +183,9 @@ def test_a_cut_or_missing_file_is_named(tmp_path, change):
         path.write_bytes(b"\1" * 999)
     else:
         path.unlink()
-    with pytest.raises(MemdecError, match=r"part-1\.bin .*its record says 1000"):
+    with pytest.raises(MemdecError, match=r"part-1\.bin .*its record says 1000") as error:
         Artefact.open(tmp_path, "example")
+    assert str(error.value).endswith(f"; remove {tmp_path} and run the stage again")
     with pytest.raises(MemdecError, match=r"part-1\.bin"):
         write_all(tmp_path)
 
@@ -197,6 +211,21 @@ def test_another_format_version_and_a_broken_manifest_are_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(MemdecError, match=r"manifest\.json cannot be read as JSON"):
         Artefact.open(tmp_path, "example")
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(MemdecError, match=r"manifest\.json holds no JSON object"):
+        Artefact.open(tmp_path, "example")
+    del manifest["files"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MemdecError, match=r"manifest\.json has no 'files'"):
+        Artefact.open(tmp_path, "example")
+
+
+def test_files_that_changed_at_the_same_length_are_found(tmp_path):
+    write_all(tmp_path)
+    artefact = Artefact.open(tmp_path, "example")
+    assert artefact.changed_files() == []
+    (tmp_path / "shards" / "part-1.bin").write_bytes(b"\1" * 500 + b"\0" + b"\1" * 499)
+    assert Artefact.open(tmp_path, "example").changed_files() == ["shards/part-1.bin"]
 
 
 def test_a_manifest_holds_no_time_and_no_place(tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from memdec.data.artefact import file_sha256
 from memdec.data.audit import AuditConfig, audit
 from memdec.data.exact import ExactIndex
-from memdec.data.targets import TargetsConfig, targets
+from memdec.data.targets import TargetsConfig, TargetStore, targets
 from memdec.errors import MemdecError
 
 VOCAB = 320
@@ -55,8 +55,10 @@ def test_what_targets_wrote_may_be_trained_on(tiny, datastore_dir, made, capsys)
     assert (status, failed) == (0, [])
     assert result["recall"] == 1.0
     assert 0 < result["dropped_mass"] < 0.9
+    assert result["targets"] == TargetStore.open(made).fingerprint
     names = [check["name"] for check in result["checks"]]
     assert names == [
+        "files",
         "offsets",
         "positions",
         "labels",
@@ -184,7 +186,7 @@ def test_kept_neighbours_may_be_trained_on(tiny, datastore_dir, kept):
     assert (status, failed) == (0, [])
     assert (result["recall"], result["dropped_mass"]) == (1.0, 0.0)
     names = [check["name"] for check in result["checks"]]
-    assert names[:4] == ["shapes", "positions", "labels", "distances"]
+    assert names[:5] == ["files", "shapes", "positions", "labels", "distances"]
     assert names[-1] == "rows made again"
 
 
@@ -227,6 +229,49 @@ def test_corrupt_neighbours_fail(tiny, datastore_dir, kept, tmp_path, change, ex
     out = corrupted(kept, tmp_path / "targets", change)
     status, _, failed = run(tiny, datastore_dir, out)
     assert (status, failed) == (1, expected)
+
+
+def flip(path: Path) -> None:
+    """Another bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "targets/targets/targets-00001.safetensors",
+        "datastore/keys/keys-00000.npy",
+        "datastore/next_tokens.npy",
+        "tokens/tokens/train-00000.npy",
+    ],
+)
+def test_a_flipped_bit_anywhere_fails(tiny, datastore_dir, made, tmp_path, damaged):
+    """Also where no row of the sample would show it, and of whatever it makes a number."""
+    for name, path in {
+        "targets": made,
+        "datastore": datastore_dir,
+        "tokens": tiny / "tokens",
+    }.items():
+        shutil.copytree(path, tmp_path / name)
+    flip(tmp_path / damaged)
+    status, result, failed = run(tmp_path, tmp_path / "datastore", tmp_path / "targets", rows=1)
+    assert (status, failed) == (1, ["files"])
+    assert result["checks"][0]["found"] == f"{tmp_path / damaged} is not, 1 in all"
+
+
+def test_an_interrupted_audit_leaves_the_last_report(tiny, datastore_dir, made, monkeypatch):
+    _, before, _ = run(tiny, datastore_dir, made)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memdec.data.artefact.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, datastore_dir, made, seed=1)
+    assert json.loads((made.parent / "report.json").read_text()) == before
+    assert not list(made.parent.glob("*.tmp"))
 
 
 def test_too_much_dropped_mass_fails(tiny, datastore_dir, made):
@@ -295,6 +340,11 @@ def test_inputs_that_do_not_belong_together_are_refused(tiny, datastore_dir, mad
     run_stage("datastore", {**values, "block_size": 32, "device": "cpu"}, tmp_path / "datastore")
     with pytest.raises(MemdecError, match=r"made with datastore \w{12}, this run has \w{12}"):
         run(tiny, tmp_path / "datastore", made)
+
+
+def test_a_report_with_no_place_to_go(tmp_path):
+    with pytest.raises(MemdecError, match="report must be in a directory that is there"):
+        AuditConfig(targets="a", tokens="b", report=tmp_path / "none" / "report.json")
 
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"min_recall": 1.1}, {"max_dropped_mass": -0.1}])

@@ -289,6 +289,22 @@ def test_a_manifest_that_lost_a_shard_is_refused(corpus, options, tmp_path):
         TokenCorpus.open(tmp_path)
 
 
+@pytest.mark.parametrize("token", [320, -1, 2**31 - 1])
+def test_a_damaged_token_is_named_before_a_model_sees_it(options, tmp_path, token):
+    prepare(PrepareConfig(**options), tmp_path)
+    path = tmp_path / "tokens" / "train-00000.npy"
+    tokens = np.load(path)
+    tokens[41] = token
+    np.save(path, tokens)
+    stream = TokenCorpus.open(tmp_path).split("train")
+    assert len(stream.read(0, 41)) == 41
+    with pytest.raises(MemdecError, match=rf"token 41 of a split is {token}, .* in \[0, 320\)"):
+        stream.read(30, 50)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(MemdecError, match=r"train-00000\.npy is damaged: it holds no array"):
+        TokenCorpus.open(tmp_path).split("train")
+
+
 def test_the_manifest_is_plain_json_with_every_parameter(corpus):
     manifest = json.loads((corpus.artefact.path / "manifest.json").read_text())
     assert manifest == Artefact.open(corpus.artefact.path, "tokens").manifest

@@ -74,6 +74,13 @@ def test_a_bad_json_line_is_named(tmp_path, line):
         read(path)
 
 
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00 is whole"}\n{"text": "half \\ud83d"}')
+    with pytest.raises(MemdecError, match=r"a\.jsonl, line 2: its text is not Unicode"):
+        read(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from memdec import console
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex
-from memdec.data.faiss_gpu import visible_gpus
+from memdec.data.faiss_gpu import gpus_of, takes, visible_gpus
 from memdec.data.index import FaissIndex
 from memdec.data.keys import StoredKeys
 from memdec.processes import join_processes
@@ -49,6 +50,7 @@ class Gpus:
     def __init__(self, count: int) -> None:
         self.count = count
         self.copied: list[tuple[object, str]] = []
+        self.cuvs: list[bool] = []
         self.searched = 0
         self.full: set[str] = set()
 
@@ -57,6 +59,8 @@ class Gpus:
         if "copy" in self.full:
             raise RuntimeError("Error in f at g.cu:1: out of memory")
         clone = faiss.clone_index(index)
+        if options is not None:
+            self.cuvs.append(options.use_cuvs)
         if options is None:  # of centroids, which FAISS itself has to be able to call
             if "search" in self.full:
                 return SimpleNamespace(search=self.fail)
@@ -80,8 +84,8 @@ def gpus(monkeypatch):
         made = Gpus(count)
         for name, value in {
             "StandardGpuResources": object,
-            "GpuClonerOptions": SimpleNamespace,
-            "GpuMultipleClonerOptions": SimpleNamespace,
+            "GpuClonerOptions": partial(SimpleNamespace, use_cuvs=True),
+            "GpuMultipleClonerOptions": partial(SimpleNamespace, use_cuvs=True),
             "get_num_gpus": lambda: count,
             "index_cpu_to_gpu": made.copy,
             "index_cpu_to_gpus_list": lambda index, options, gpus: made.copy(
@@ -100,6 +104,8 @@ def test_the_gpus_of_a_device(gpus, capsys):
     found = [visible_gpus(device) for device in ("cpu", "cuda", "cuda:0", "cuda:2", "cuda:3")]
     assert found == [[], [0, 1, 2], [0], [2], []]
     gpus(0)
+    assert gpus_of("cuda") == []
+    assert capsys.readouterr().err == ""
     assert visible_gpus("cuda") == visible_gpus("cuda") == []
     assert capsys.readouterr().err.count("FAISS works on the CPU") == 1
 
@@ -116,6 +122,22 @@ def test_a_copy_searches(device, gpu, gpus, tmp_path):
     for found, wanted in zip(index.search(keys[own], 6, own), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert made.searched == (0 if gpu is None else 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cuvs"), [("IVF8,Flat", True), ("IVF8,PQ8", True), ("PCA16,IVF8,SQfp16", False)]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_cuvs_does_not_know_faiss_itself_does(spec, cuvs, count, gpus):
+    made = gpus(count)
+    assert takes(spec, WIDTH, list(range(count)))
+    assert made.cuvs == [cuvs]
+
+
+def test_an_index_that_no_gpu_takes(gpus, capsys):
+    gpus(1).full.add("copy")
+    assert not takes("IVF8,Flat", WIDTH, [0])
+    assert "FAISS searches on the CPU, not on a GPU" in capsys.readouterr().err
 
 
 def test_more_neighbours_than_a_gpu_finds_come_from_the_cpu(gpus, tmp_path, capsys):

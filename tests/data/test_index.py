@@ -338,10 +338,32 @@ def test_an_unknown_index_is_named():
 
 @needs_faiss
 def test_too_few_keys_to_train_on():
-    with pytest.raises(MemdecError, match="IVF64,Flat has 64 lists, more than the 20 keys"):
+    with pytest.raises(MemdecError, match="IVF64,Flat has 64 lists, expected 1 to 20"):
         choose_index("IVF64,Flat", 20, WIDTH)
     with pytest.raises(MemdecError, match=r"FAISS cannot train PQ4x8 on 100 keys: .*\(100\)"):
         built("PQ4x8", [make_keys(100)])
+
+
+@needs_faiss
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("IDMap,Flat", "IDMap,Flat maps ids"),
+        ("IDMap2,HNSW8", "IDMap2,HNSW8 maps ids"),
+        ("IVF0,Flat", "IVF0,Flat has 0 lists, expected 1 to 1000"),
+    ],
+)
+def test_an_index_that_could_not_be_filled_or_searched(spec, message):
+    with pytest.raises(MemdecError, match=message):
+        choose_index(spec, 1000, WIDTH)
+
+
+@needs_faiss
+def test_a_damaged_index_is_named(tmp_path):
+    path = saved("IVF8,Flat", [make_keys(100)], tmp_path / "index.faiss")
+    path.write_bytes(bytes(4) + path.read_bytes()[4:])
+    with pytest.raises(MemdecError, match=r"FAISS cannot read .*index\.faiss: "):
+        FaissIndex(path, 1)
 
 
 def test_faiss_is_asked_for_only_where_it_is_needed(monkeypatch):

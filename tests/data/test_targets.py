@@ -225,6 +225,13 @@ def test_an_index_that_finds_too_few_neighbours(options, tiny, tmp_path):
     assert torch.equal(rows.indptr.diff() == 0, empty)
 
 
+def test_contexts_longer_than_what_a_key_has_seen(options, tmp_path):
+    """Nothing is gained by them, and a million tokens a row would fill the memory."""
+    config = TargetsConfig(**options, temperature=1.0, drop_same_context=33)
+    with pytest.raises(MemdecError, match="drop_same_context must be at most 32"):
+        targets(config, tmp_path / "out")
+
+
 def test_two_runs_write_the_same_bytes(options, tiny, tmp_path):
     for name in ("a", "b"):
         targets(TargetsConfig(**options, model=str(tiny / "model")), tmp_path / name)
@@ -273,6 +280,7 @@ def test_a_stage_that_is_done_says_so(options, tmp_path, capsys):
     [
         ({"k": 0}, "k must be above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": float("inf")}, "temperature must be above 0 and finite"),
         ({"max_entries": 0}, "max_entries must be above 0"),
         ({"calibration_positions": 0}, "calibration_positions must be above 0"),
         ({"temperature": None}, "give the model"),

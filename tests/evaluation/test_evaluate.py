@@ -15,6 +15,10 @@ from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
 from memdec.errors import MemdecError
 from memdec.evaluation.evaluate import EvalConfig, evaluate
+from memdec.evaluation.gate import fit_gate
+from memdec.evaluation.mixture import mix_log_probs
+from memdec.evaluation.summary import ADAPTIVE
+from memdec.modeling.gate import Gate, confidence
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import load_model
 from memdec.ops import fused_interpolate, knn_scatter
@@ -54,7 +58,7 @@ def rows(results: dict) -> dict[str, dict]:
 
 
 def test_every_contender_is_scored_on_the_same_tokens(results, tiny):
-    assert list(rows(results)) == ["base", "kNN-LM", "memory", "joint", "same"]
+    assert list(rows(results)) == ["base", "kNN-LM", "memory", "joint", ADAPTIVE, "same"]
     assert results["split"] == "test"
     assert results["positions"] == TokenCorpus.open(tiny.tokens).split("test").positions
     for row in results["rows"]:
@@ -67,9 +71,39 @@ def test_every_contender_is_scored_on_the_same_tokens(results, tiny):
 
 def test_joint_is_the_mixture_of_the_models_outputs(config, results, tiny):
     """By the op that generation uses, over whole distributions."""
+    lmbda = results["lmbda"]["joint"]
+    expected = mixture_nll(config, tiny, lambda base, memory: lmbda)
+    assert rows(results)["joint"]["nll"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_adaptive_row_is_the_mixture_at_the_lmbda_of_the_gate(config, results, tiny):
+    gate = Gate(**results["gate"])
+    lmbdas = []
+
+    def lmbda(base, memory):
+        lmbdas.append(gate.lmbda(confidence(base, 62), confidence(memory, 62)))
+        return lmbdas[-1]
+
+    expected = mixture_nll(config, tiny, lmbda)
+    row = rows(results)[ADAPTIVE]
+    assert row["nll"] == pytest.approx(expected, rel=1e-5)
+    assert row["lmbda"] == pytest.approx(torch.cat(lmbdas).mean().item(), rel=1e-5)
+    assert row["parameters"] == rows(results)["joint"]["parameters"]
+
+
+def test_the_gate_is_fitted_on_validation(evaluated, results):
+    scores = [np.load(evaluated / "scores" / f"validation-{n}.npy") for n in ("base", "memory")]
+    sure = [np.load(evaluated / "confidence" / f"validation-{n}.npy") for n in ("base", "memory")]
+    gate = fit_gate(*scores, *sure)
+    assert results["gate"] == dataclasses.asdict(gate)
+    lmbda = gate.lmbda(*map(torch.from_numpy, sure)).numpy()
+    best = min(results["curves"]["joint"]["validation"])  # at lmbda 1, which a gate only nears
+    assert -mix_log_probs(*scores, lmbda).mean() < best + 1e-5
+
+
+def mixture_nll(config, tiny, lmbda) -> float:
     stream = TokenCorpus.open(tiny.tokens).split("test")
     base, memory = load_model(config.base), load_model(config.memory)
-    lmbda = results["lmbda"]["joint"]
     total = 0.0
     for number in range(stream.blocks(tiny.block_size)):
         inputs, labels = (
@@ -77,11 +111,10 @@ def test_joint_is_the_mixture_of_the_models_outputs(config, results, tiny):
             for part in stream.block(number, tiny.block_size)
         )
         with torch.no_grad():
-            log_probs = fused_interpolate(
-                base(inputs[None]).logits[0], memory(inputs[None]).logits[0], lmbda, vocab_size=62
-            )
+            logits = base(inputs[None]).logits[0], memory(inputs[None]).logits[0]
+            log_probs = fused_interpolate(*logits, lmbda(*logits), vocab_size=62)
         total -= log_probs[torch.arange(len(labels)), labels].double().sum().item()
-    assert rows(results)["joint"]["nll"] == pytest.approx(total / stream.positions, rel=1e-5)
+    return total / stream.positions
 
 
 def test_the_knn_lm_is_the_mixture_with_dense_targets(config, results, tiny):
@@ -191,7 +224,7 @@ def test_a_given_lmbda_is_used_and_kNN_is_optional(config, tmp_path):
     evaluate(given, tmp_path / "eval")
     results = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert results["lmbda"] == {"joint": 0.25}
-    assert list(rows(results)) == ["base", "memory", "joint"]
+    assert list(rows(results)) == ["base", "memory", "joint", ADAPTIVE]
     assert results["positions"] == 128  # whole blocks of 32
 
 
@@ -222,16 +255,3 @@ def test_a_datastore_of_another_teacher_is_refused(config, tmp_path):
 def test_bad_options_are_refused(changes, message, config):
     with pytest.raises(MemdecError, match=message):
         dataclasses.replace(config, **changes)
-
-
-def test_a_character_cut_into_tokens_comes_with_the_last_of_them():
-    from memdec.demo.model import train_tokenizer
-    from memdec.evaluation.summary import _pieces
-
-    tokenizer = train_tokenizer(["plain words"], 300)
-    text = "a \u201cb\u201d \U0001f600"
-    tokens = tokenizer(text).input_ids
-    pieces = _pieces(tokenizer, tokens)
-    assert len(pieces) == len(tokens) > len(text)
-    assert "".join(pieces) == text
-    assert {"\u201c", "\u201d", "\U0001f600"} <= set(pieces)

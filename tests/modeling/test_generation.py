@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from tiny_models import saved, tiny_model, tiny_tokenizer
 
 from memdec import MemoryDecoderForCausalLM
+from memdec.data.artefact import stage
 from memdec.errors import MemdecError
 from memdec.generation import GenerateConfig, generate
-from memdec.modeling.loading import load_model
+from memdec.modeling.gate import Gate
+from memdec.modeling.loading import load_model, model_fingerprint
 
 PROMPT = "w3 w4 w5"
 IDS = torch.tensor([[3, 4, 5]])
@@ -26,7 +29,9 @@ def models(tmp_path: Path) -> dict[str, object]:
     return {"base": str(base), "memory": stage, "device": "cpu"}
 
 
-def expected_text(models: dict[str, object], lmbda: float, steps: int, **options: object) -> str:
+def expected_text(
+    models: dict[str, object], lmbda: float | Gate, steps: int, **options: object
+) -> str:
     base = load_model(str(models["base"]))
     memory = load_model(Path(str(models["memory"])) / "memory")
     joint = MemoryDecoderForCausalLM.from_models(
@@ -55,6 +60,56 @@ def test_lmbda_of_the_training_is_the_default(models: dict) -> None:
     inner = models | {"memory": models["memory"] / "memory"}
     config = GenerateConfig(prompt=(PROMPT,), max_new_tokens=6, **inner)
     assert generate(config)[0].joint == expected_text(models, 0.6, 6)
+
+
+GATE = Gate(1.5, base_log_max=-2.0, base_entropy=0.4, memory_log_max=3.0, memory_entropy=-0.5)
+
+
+@pytest.fixture
+def evaluation(models: dict, tmp_path: Path) -> Path:
+    """What eval leaves beside the training: its lmbda, and a gate."""
+    inputs = {"base": models["base"], "memory": models["memory"] / "memory"}
+    inputs = {name: model_fingerprint(path) for name, path in inputs.items()}
+    results = {"lmbda": {"joint": 0.2}, "gate": dataclasses.asdict(GATE)}
+    with stage(tmp_path / "eval", "eval", {}, inputs) as writer:
+        writer.write("eval.json", lambda file: file.write(json.dumps(results).encode()))
+        writer.finish()
+    return tmp_path / "eval"
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ({}, {}),
+        ({"sample": True, "top_k": 8}, {"do_sample": True, "top_k": 8, "top_p": 1.0}),
+        ({"beams": 4}, {"num_beams": 4}),
+    ],
+)
+def test_adaptive_takes_the_gate_of_the_evaluation(
+    models: dict, evaluation: Path, flags: dict, options: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = {"prompt": (PROMPT,), "max_new_tokens": 12, "lmbda": "adaptive", "compare": True}
+    [result] = generate(GenerateConfig(**wanted, **flags, **models))
+    assert result.joint == expected_text(models, GATE, 12, **options)
+    assert "[base and memory, lmbda adaptive]" in capsys.readouterr().out
+    moved = evaluation.rename(evaluation.with_name("moved"))
+    with pytest.raises(MemdecError, match="expected a eval directory"):
+        generate(GenerateConfig(**wanted, **models))
+    [again] = generate(GenerateConfig(**wanted, **flags, **models, evaluation=moved))
+    assert again == result
+
+
+def test_an_evaluation_that_is_given_says_lmbda(models: dict, evaluation: Path) -> None:
+    config = GenerateConfig(
+        prompt=(PROMPT,), max_new_tokens=6, evaluation=evaluation, compare=True, **models
+    )
+    assert generate(config)[0].joint == expected_text(models, 0.2, 6)
+
+
+def test_an_evaluation_of_another_memory_is_refused(models: dict, evaluation: Path) -> None:
+    saved(tiny_model("GPT2", seed=2), models["memory"] / "memory")
+    with pytest.raises(MemdecError, match="was made with memory"):
+        generate(GenerateConfig(prompt=(PROMPT,), lmbda="adaptive", **models))
 
 
 def test_compare_shows_the_base_alone(models: dict, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +152,7 @@ def test_sampling_follows_its_options_and_the_seed(models: dict) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lmbda": 1.5}, r"lmbda must be in \[0, 1\], got 1.5"),
+        ({"lmbda": 1.5}, r"lmbda must be in \[0, 1\] or adaptive, got 1.5"),
         ({"prompt": ()}, "prompt must be given at least once"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": 0.0}, "temperature must be above 0"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,29 @@ def test_simd_level_comes_from_the_environment(
         assert _native._C.simd_level() == "baseline"
     finally:
         _native._C.set_simd_level(before)
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages"
+)
+def test_large_results_ask_for_huge_pages(native: None) -> None:
+    rows = torch.zeros(64, 2**18)  # 64 MB: more than malloc takes from a heap
+    out = fused_interpolate(rows, rows, 0.5)
+    assert "hg" in memory_flags(out[32].data_ptr())
+    assert "hg" not in memory_flags(rows[32].data_ptr())
+
+
+def memory_flags(address: int) -> list[str]:
+    """The VmFlags of the mapping that holds the address, see proc_pid_smaps(5)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"{address:x} is not mapped")
 
 
 @pytest.mark.parametrize(

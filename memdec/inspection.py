@@ -1,0 +1,275 @@
+"""``memdec inspect``: what base, memory and the two together make of each token of a text."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memdec.config import option, require
+from memdec.errors import MemdecError
+from memdec.pair import ADAPTIVE, PairConfig, load_pair, open_evaluation
+
+if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
+    from transformers import PreTrainedModel
+
+    from memdec import MemoryDecoderForCausalLM
+    from memdec.data.corpus import TokenStream
+    from memdec.data.datastore import Datastore
+    from memdec.data.targets import TargetStore
+
+_LONGEST_BLOCK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(PairConfig):
+    """What to look at, with which models, and where to write it."""
+
+    text: str | None = option(None, help="the text; without text and file, standard input is read")
+    file: Path | None = option(None, help="read the text from this file")
+    datastore: Path | None = option(None, help="directory of the stage datastore, for the kNN-LM")
+    targets: Path | None = option(None, help="directory of the stage targets: k and temperature")
+    teacher: str | None = option(None, help="model whose keys the datastore holds (default: base)")
+    top: int | None = option(None, help="list only so many of the largest gains and of the losses")
+    html: Path | None = option(None, help="also write a page with the coloured text")
+    json: Path | None = option(None, help="also write every number")
+    block_size: int | None = option(
+        None, help="tokens a model sees at once (default: what the models can, at most 1024)"
+    )
+    stride: int | None = option(
+        None, help="tokens from a block's start to the next one's (default: half a block)"
+    )
+    separator_id: int | None = option(
+        None, help="token id before the text; by default the tokenizer's eos, bos or pad token"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.text is not None and self.file is not None:
+            raise MemdecError("give either text or file")
+        for name in ("top", "block_size", "stride"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1", value)
+        if (self.datastore is None) != (self.targets is None):
+            raise MemdecError("the kNN-LM needs both datastore and targets, one of them was given")
+        if self.teacher is not None and self.datastore is None:
+            raise MemdecError("teacher goes with datastore")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A text token by token.
+
+    Attributes:
+        tokens: what each token adds to the text.
+        ids: of the tokens.
+        log_probs: [tokens] each, in nats: ``base``, ``kNN-LM`` (with a datastore), ``memory`` and
+            ``joint``.
+        lmbda: the memory's weight at each token.
+        adaptive: whether a gate chose it.
+    """
+
+    tokens: list[str]
+    ids: list[int]
+    log_probs: dict[str, np.ndarray]
+    lmbda: np.ndarray
+    adaptive: bool
+
+    @property
+    def gains(self) -> np.ndarray:
+        """Change of log-probability, joint minus base, in nats."""
+        return self.log_probs["joint"] - self.log_probs["base"]
+
+    @property
+    def perplexity(self) -> dict[str, float]:
+        """By row; infinite where a token has probability 0."""
+        with np.errstate(over="ignore"):
+            return {name: float(np.exp(-row.mean())) for name, row in self.log_probs.items()}
+
+    def listed(self, top: int | None) -> list[int]:
+        """Which tokens a table lists: all, or the `top` largest gains, then the largest losses."""
+        if top is None:
+            return list(range(len(self.tokens)))
+        order = np.argsort(-self.gains, kind="stable").tolist()
+        gained = [index for index in order if self.gains[index] > 0]
+        lost = [index for index in reversed(order) if self.gains[index] < 0]
+        return [*gained[:top], *lost[:top]]
+
+
+def inspect(config: InspectConfig) -> Inspection:
+    """Prints a table of the text's tokens to standard output; writes the page and the numbers.
+
+    A text longer than a block is read in blocks that overlap: each token is predicted in the first
+    block that reaches it, so all but the first block's have ``block_size - stride`` tokens before
+    them at least. The separator stands before the text, as before a document in training.
+
+    Raises:
+        MemdecError: as :func:`memdec.pair.load_pair`; a text without tokens; a block longer than a
+            model's context; a datastore of another teacher, or targets of another datastore.
+    """
+    from memdec.data.corpus import separator_id
+    from memdec.evaluation.passage import pieces
+    from memdec.report.inspection import print_inspection, write_inspection
+
+    text = _text(config)
+    joint = load_pair(config)
+    tokenizer: Any = joint.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids = ids["input_ids"]
+    if not ids:
+        raise MemdecError("the text has no tokens")
+    tokens = np.array([separator_id(tokenizer, config.separator_id), *ids], np.int32)
+    log_probs, lmbda = _score(config, joint, tokens)
+    adaptive = config.lmbda == ADAPTIVE
+    inspection = Inspection(pieces(tokenizer, ids), ids, log_probs, lmbda, adaptive)
+    if config.html is not None:
+        write_inspection(inspection, config.html, config.top)
+    if config.json is not None:
+        config.json.write_text(json.dumps(_numbers(inspection), allow_nan=False) + "\n")
+    print_inspection(inspection, config.top)
+    return inspection
+
+
+def _text(config: InspectConfig) -> str:
+    from memdec.data.documents import decode_text
+
+    if config.text is not None:
+        return config.text
+    if config.file is not None:
+        return decode_text(config.file.read_bytes(), config.file)
+    return decode_text(sys.stdin.buffer.read(), "standard input")
+
+
+def _score(
+    config: InspectConfig, joint: MemoryDecoderForCausalLM, tokens: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Log-probabilities, float64 [positions] a row of the table, and the lmbda of each position."""
+    import torch
+
+    from memdec.evaluation.forward import check_model, label_scores
+    from memdec.evaluation.mixture import mix_log_probs
+    from memdec.evaluation.overlap import score_overlapping
+    from memdec.modeling.gate import Gate
+
+    block_size = config.block_size or min(
+        [_LONGEST_BLOCK, *map(_context, (joint.base, joint.memory))]
+    )
+    stride = config.stride or max(block_size // 2, 1)
+    require(stride <= block_size, "stride", f"at most {block_size}, the block_size", stride)
+    for model in (joint.base, joint.memory):  # a short text would not say so
+        check_model(model, block_size, joint.config.tokenizer_size)
+    options = {"batch_blocks": 1, "vocab_size": joint.config.tokenizer_size}
+
+    def scored(model: PreTrainedModel) -> tuple[np.ndarray, torch.Tensor]:
+        def both(stream: TokenStream, size: int) -> np.ndarray:
+            scores = label_scores(model, stream, block_size=size, **options)
+            assert scores.confidence is not None  # wanted by default
+            return np.column_stack([scores.log_probs, scores.confidence])
+
+        found = score_overlapping(tokens, block_size, stride, both)
+        return found[:, 0], torch.from_numpy(found[:, 1:])
+
+    knn = None if config.datastore is None else _KnnLm(config, joint)
+    base, base_confidence = scored(joint.base)
+    memory, memory_confidence = scored(joint.memory)
+    lmbda = joint.config.lmbda
+    if isinstance(lmbda, dict):
+        weights = Gate(**lmbda).lmbda(base_confidence, memory_confidence).numpy()
+    else:
+        weights = np.full(len(base), lmbda)
+    rows = {"base": base.astype(np.float64)}
+    if knn is not None:
+        near = score_overlapping(tokens, block_size, stride, partial(knn, **options))
+        rows["kNN-LM"] = mix_log_probs(base, near, knn.lmbda)
+    rows["memory"] = memory.astype(np.float64)
+    rows["joint"] = mix_log_probs(base, memory, weights)
+    return rows, weights
+
+
+class _KnnLm:
+    """The neighbours' probabilities of a text's tokens, and their weight `lmbda` in the kNN-LM."""
+
+    def __init__(self, config: InspectConfig, joint: MemoryDecoderForCausalLM) -> None:
+        from memdec.data.artefact import check_input
+        from memdec.data.datastore import Datastore
+        from memdec.data.targets import TargetStore
+        from memdec.modeling.loading import (
+            compare_tokenizers,
+            has_tokenizer,
+            load_model,
+            load_tokenizer,
+            model_fingerprint,
+        )
+
+        assert config.datastore is not None  # InspectConfig.check
+        assert config.targets is not None
+        teacher = config.teacher or config.base
+        self.datastore: Datastore = Datastore.open(config.datastore, str(joint.device))
+        self.targets: TargetStore = TargetStore.open(config.targets)
+        check_input(self.datastore.artefact, "model", model_fingerprint(teacher))
+        check_input(self.targets.artefact, "datastore", self.datastore.fingerprint)
+        self.lmbda = _knn_lmbda(config, self.targets)
+        self.teacher: Any = joint.base
+        if teacher != config.base:
+            if has_tokenizer(teacher):
+                own: Any = joint.tokenizer
+                compare_tokenizers(own, load_tokenizer(teacher), ("the base", "the teacher"))
+            self.teacher = load_model(teacher, device=joint.device, dtype=config.dtype)
+
+    def __call__(self, stream: TokenStream, block_size: int, **options: Any) -> np.ndarray:
+        from memdec.evaluation.knn_lm import score_neighbours
+
+        return score_neighbours(
+            self.teacher,
+            stream,
+            self.datastore,
+            k=self.targets.k,
+            temperature=self.targets.temperature,
+            block_size=block_size,
+            **options,
+        )
+
+
+def _knn_lmbda(config: InspectConfig, targets: TargetStore) -> float:
+    """A number that was given counts for the kNN-LM too, as in eval; else what was calibrated."""
+    if isinstance(config.lmbda, float):
+        return config.lmbda
+    if config.evaluation is not None or config.lmbda == ADAPTIVE:
+        chosen = open_evaluation(config)["lmbda"].get("kNN-LM")
+        if chosen is not None:
+            return float(chosen)
+    calibration = targets.artefact.manifest.get("calibration")
+    if calibration is None:
+        raise MemdecError(
+            f"{config.targets} was made without choosing a lmbda for the kNN-LM: "
+            "give lmbda or evaluation"
+        )
+    return float(calibration["lmbda"])
+
+
+def _context(model: PreTrainedModel) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _LONGEST_BLOCK if limit is None else limit
+
+
+def _numbers(inspection: Inspection) -> dict[str, Any]:
+    """JSON of an inspection: None stands for the logarithm of 0, and for an infinite perplexity."""
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "perplexity": {name: finite(value) for name, value in inspection.perplexity.items()},
+        "tokens": inspection.tokens,
+        "ids": inspection.ids,
+        "lmbda": inspection.lmbda.tolist(),
+        "log_probs": {
+            name: list(map(finite, row.tolist())) for name, row in inspection.log_probs.items()
+        },
+    }
