@@ -4,19 +4,23 @@
     python examples/gcide/entries.py > gcide.txt
     memdec build --recipe examples/gcide/recipe.yaml --base SmolLM2.gguf --corpus gcide.txt --out out/
 
-About 9.6 million tokens of SmolLM2's tokenizer. GCIDE is under the GPL: its text is read from the
-installed package and never shipped here.
+About 9.9 million tokens of SmolLM2's tokenizer. The marks of the dictionary that a paragraph is from,
+[1913 Webster] and the like, are left out: known before they come, they are one token in seven, and
+would halve the base's perplexity. GCIDE is under the GPL: its text is read from the installed package
+and never shipped here.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
 
 DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"  # of the index
+SOURCE = re.compile(r" ?\[[^\[\]]*(?:Webster|WordNet|PJC)[^\[\]]*\]")
 
 
 def number(text: str) -> int:
@@ -35,6 +39,7 @@ def entries(folder: Path) -> Iterator[str]:
     places = {(number(start), number(length)) for _, start, length in rows}
     for start, length in sorted(places):
         entry = " ".join(text[start : start + length].decode("utf-8", "replace").split())
+        entry = SOURCE.sub("", entry)
         if entry and not entry.startswith("00-database"):  # what the dictionary says of itself
             yield entry
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from residual import residual_targets
+from sampled import extend_with_samples
 from scores import ScoreFile, Scores, Settings, Text, score
 
 from memdec.data.corpus import TokenCorpus
@@ -127,6 +128,8 @@ class Experiment:
                     self.base, taught, self.corpus, out, device=self.device, **options
                 ),
             )
+        tokens = self.tokens_of(name)
+        options.pop("sampled", None)
         if options["source"] != "teacher":
             options["datastore"] = self.datastore("adapted").artefact.path
         else:
@@ -134,11 +137,23 @@ class Experiment:
 
         def run() -> Path:
             config = TargetsConfig(
-                tokens=self.tokens, model=self.adapted(), device=self.device, **options
+                tokens=tokens, model=self.adapted(), device=self.device, **options
             )
             return targets(config, out).path
 
         return self._once(out.name, run)
+
+    def tokens_of(self, name: str) -> Path:
+        """What the targets of that name are rows of: the train tokens, or samples too."""
+        options = self.settings["targets"][name].get("sampled")
+        if options is None:
+            return self.tokens
+        out = self.work / f"sampled-{name}"
+        teacher = self.adapted()
+        return self._once(
+            out.name,
+            lambda: extend_with_samples(teacher, self.corpus, out, device=self.device, **options),
+        )
 
     def memory(self, setting: Mapping[str, Any]) -> str:
         """Trains the memory of a row."""
@@ -148,7 +163,7 @@ class Experiment:
         if isinstance(layers, list):
             start, layers = self._chosen_layers(setting), None
         config = TrainConfig(
-            tokens=self.tokens,
+            tokens=self.tokens_of(setting["targets"]),
             targets=self.targets(setting["targets"]),
             base=self.base,
             teacher=self.adapted(),
@@ -187,6 +202,11 @@ class Experiment:
     def seconds(self, folder: str | Path) -> float:
         """What a stage took, in the run that finished it."""
         return float(json.loads((self.work / folder / "timing.json").read_text())["seconds"])
+
+    def curve(self, folder: str | Path) -> list[dict[str, float]]:
+        """A row a validation of a training."""
+        curve: list[dict[str, float]] = json.loads((self.work / folder / "curve.json").read_text())
+        return curve
 
     def _shared(self) -> dict[str, Any]:
         return {"block_size": self.settings["block_size"], "device": self.device}

@@ -32,16 +32,19 @@ def base_row(experiment: Experiment, setting: Setting) -> Row:
 def adapted_row(experiment: Experiment, setting: Setting) -> Row:
     """The teacher by itself is full fine-tuning; beside the base it is a memory like any other."""
     model = experiment.adapted()
-    return {"stage_seconds": {"train": experiment.seconds("adapt")}} | _model_row(
-        experiment, setting, model
-    )
+    return {
+        "stage_seconds": {"train": experiment.seconds("adapt")},
+        "curve": experiment.curve("adapt"),
+    } | _model_row(experiment, setting, model)
 
 
 def tuned_row(experiment: Experiment, setting: Setting) -> Row:
     """Fine-tuning with other options than the teacher's."""
     model = experiment.tuned(setting)
+    folder = experiment.folder(setting)
     return {
-        "stage_seconds": {"train": experiment.seconds(experiment.folder(setting))}
+        "stage_seconds": {"train": experiment.seconds(folder)},
+        "curve": experiment.curve(folder),
     } | _model_row(experiment, setting, model)
 
 
@@ -49,8 +52,11 @@ def memory_row(experiment: Experiment, setting: Setting) -> Row:
     model = experiment.memory(setting)
     folders = {"train": experiment.folder(setting), "adapt": "adapt"}
     folders["targets"] = f"targets-{setting['targets']}"
+    if (samples := experiment.tokens_of(setting["targets"])) != experiment.tokens:
+        folders["sampled"] = samples
     return {
-        "stage_seconds": {stage: experiment.seconds(folder) for stage, folder in folders.items()}
+        "stage_seconds": {stage: experiment.seconds(folder) for stage, folder in folders.items()},
+        "curve": experiment.curve(folders["train"]),
     } | _model_row(experiment, setting, model)
 
 

@@ -32,8 +32,8 @@ def _head(result: Result) -> str:
 
 
 def _main(rows: Mapping[str, Row]) -> Iterator[str]:
-    yield "| | alone | joint | 95 % interval | lmbda | joint, lmbda a token | 95 % interval | weights | training s | keys / weights |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "| | alone | joint | 95 % interval | lmbda | joint, lmbda a token | 95 % interval | weights | training s | stages before, s | keys / weights |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for name, row in rows.items():
         cells = [
             _perplexity(row, "alone"),
@@ -43,7 +43,7 @@ def _main(rows: Mapping[str, Row]) -> Iterator[str]:
             _perplexity(row, "gated"),
             _interval(row, "gated"),
             f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "",
-            _number(row.get("stage_seconds", {}).get("train"), 0),
+            *_seconds(row),
             _number(row.get("keys_to_weights"), 1),
         ]
         yield f"| {name} | {' | '.join(cells)} |"
@@ -107,6 +107,13 @@ def _best(rows: list[Row], layers: int) -> Row | None:
 def _layers(setting: Mapping[str, Any]) -> int:
     layers = setting["layers"]
     return len(layers) if isinstance(layers, list) else layers
+
+
+def _seconds(row: Row) -> tuple[str, str]:
+    """Of the training, and of all that was made for it; other rows may have needed that too."""
+    stages = dict(row.get("stage_seconds", {}))
+    train = stages.pop("train", None)
+    return _number(train, 0), _number(sum(stages.values()) if stages else None, 0)
 
 
 def _value(row: Row, how: str, text: str) -> float:

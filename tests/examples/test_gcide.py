@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from memdec.data.corpus import TokenCorpus
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.ops import SparseTargets
 
@@ -31,6 +32,8 @@ SETTINGS = {
         "mixture": {"source": "mixture", "k": 16, "top_m": 8, "batch_blocks": 4},
         "teacher": {"source": "teacher", "top_m": 8, "batch_blocks": 4},
         "residual": {"residual_of": "teacher", "lmbda": 0.7, "label_weight": 0.4},
+        "samples": {"source": "teacher", "top_m": 8, "batch_blocks": 4}
+        | {"sampled": {"rounds": 2, "batch": 8, "length": 64}},
     },
     "train": LOOP,
     "rows": [
@@ -43,6 +46,8 @@ SETTINGS = {
         | {"init": "base", "train": TAUGHT},
         {"name": "residual", "kind": "memory", "targets": "residual", "layers": 1, "seconds": 1}
         | {"train": {"epochs": 2, "alpha": 1.0}},
+        {"name": "samples", "kind": "memory", "targets": "samples", "layers": 1, "seconds": 1}
+        | {"train": TAUGHT},
         {"name": "tuned", "kind": "tuned", "seconds": 1, "train": {"epochs": 1}},
     ],
 }
@@ -75,7 +80,7 @@ def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
 def test_a_limit_leaves_out_what_would_pass_it(results: tuple[dict, dict, Path]) -> None:
     names = [row["name"] for row in results[0]["rows"]]
-    assert names == ["base", "DAPT", "kNN-LM", "layer 1", "residual", "tuned"]
+    assert names == ["base", "DAPT", "kNN-LM", "layer 1", "residual", "samples", "tuned"]
 
 
 def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> None:
@@ -88,7 +93,7 @@ def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> 
 def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> None:
     rows = {row["name"]: row for row in results[1]["rows"]}
     base = rows["base"]["perplexity"]["alone"]["test"]["perplexity"]
-    for name in ("DAPT", "kNN-LM", "1 layer", "residual"):
+    for name in ("DAPT", "kNN-LM", "1 layer", "residual", "samples"):
         assert rows[name]["perplexity"]["joint"]["test"]["perplexity"] < 0.9 * base
     for row in rows.values():
         for texts in row["perplexity"].values():
@@ -100,6 +105,32 @@ def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> Non
     assert memory["parameters"] < rows["DAPT"]["parameters"]
     assert memory["tail_gain"]["joint"] > 1
     assert set(memory["stage_seconds"]) == {"train", "adapt", "targets"}
+    assert set(rows["samples"]["stage_seconds"]) == {"train", "adapt", "targets", "sampled"}
+    assert [point["epoch"] for point in memory["curve"]] == [0, 1, 2]
+
+
+def test_samples_lengthen_the_train_split_alone(
+    results: tuple[dict, dict, Path], tiny: ModuleType
+) -> None:
+    before = TokenCorpus.open(tiny.tokens)
+    after = TokenCorpus.open(results[2].parent / "work" / "sampled-samples")
+    for name in ("validation", "test"):
+        kept, found = before.split(name), after.split(name)
+        assert np.array_equal(kept.read(0, len(kept)), found.read(0, len(found)))
+        assert np.array_equal(kept.documents, found.documents)
+    kept, found = before.split("train"), after.split("train")
+    assert len(kept) < len(found) <= len(kept) + 2 * 8 * 64
+    assert np.array_equal(kept.read(0, len(kept)), found.read(0, len(kept)))
+    tokens = found.read(0, len(found))
+    assert tokens[-1] == after.separator_id
+    assert (tokens[found.documents] != after.separator_id).all()
+
+
+def test_entries_leave_the_marks_of_sources_out() -> None:
+    mark = importlib.import_module("entries").SOURCE
+    entry = "Rash \\Rash\\, n. [L. rasus.] An eruption. [Obs.] [1913 Webster] To fall. [WordNet 1.5 +PJC]"
+    left = "Rash \\Rash\\, n. [L. rasus.] An eruption. [Obs.] To fall."
+    assert mark.sub("", entry) == left
 
 
 def test_the_table_has_every_row_and_goal(results: tuple[dict, dict, Path]) -> None:

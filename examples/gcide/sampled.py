@@ -1,0 +1,95 @@
+"""More text to distil on: entries that the adapted teacher draws itself.
+
+A small memory learns the train tokens by heart before it has learnt all that the teacher knows. But a
+teacher answers on any text, and of its own there is as much as wanted: the memory then sees hardly a
+token twice, all of it from the same train split (sequence-level distillation, Kim and Rush 2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from memdec.console import Progress
+from memdec.data.artefact import stage
+from memdec.data.corpus import KIND, SHARD_TOKENS, SPLITS, TokenCorpus
+from memdec.data.stream_writer import StreamWriter
+from memdec.modeling.loading import load_model, model_fingerprint
+
+
+def extend_with_samples(
+    teacher: str,
+    corpus: TokenCorpus,
+    out: Path,
+    *,
+    rounds: int,
+    batch: int,
+    length: int,
+    device: str,
+    seed: int = 0,
+) -> Path:
+    """Writes an artefact of the stage ``prepare``: the corpus, its train split longer.
+
+    Args:
+        teacher: model to draw from, at temperature 1.
+        rounds: draws of `batch` contexts of `length` tokens each; what a context's end cuts short
+            is left out.
+    """
+    params = {"rounds": rounds, "batch": batch, "length": length, "seed": seed}
+    inputs = {"tokens": corpus.fingerprint, "teacher": model_fingerprint(teacher)}
+    with stage(out, KIND, params, inputs) as writer:
+        if writer.finished:
+            return out
+        writer.write_directory("tokenizer", corpus.tokenizer().save_pretrained)
+        separator = corpus.separator_id
+        splits = {}
+        for name in SPLITS:
+            stream = StreamWriter(writer, name, separator, SHARD_TOKENS)
+            kept = corpus.split(name)
+            documents = list(_documents(kept.read(0, len(kept)), separator))
+            if name == "train":
+                model = load_model(teacher, device=device, dtype="bfloat16")
+                torch.manual_seed(seed)
+                with Progress("sampling", rounds * batch * length, "tokens") as progress:
+                    for _ in range(rounds):
+                        for row in _draw(model, separator, corpus.vocab_size, batch, length):
+                            documents += _documents(row, separator)
+                        progress.advance(batch * length)
+            for tokens in documents:
+                stream.add(tokens)
+            splits[name] = {"documents": len(documents), **stream.finish()}
+        writer.finish(
+            splits=splits,
+            separator_id=separator,
+            vocab_size=corpus.vocab_size,
+            dtype="int32",
+            counts={},
+        )
+    return out
+
+
+def _documents(tokens: np.ndarray, separator: int) -> Iterator[np.ndarray]:
+    """What lies between two separators, if anything does."""
+    for start, stop in pairwise(np.flatnonzero(tokens == separator)):
+        if stop > start + 1:
+            yield tokens[start + 1 : stop]
+
+
+@torch.inference_mode()
+def _draw(
+    model: PreTrainedModel, separator: int, vocab_size: int, batch: int, length: int
+) -> np.ndarray:
+    """Contexts that begin with a separator, int32 [batch, 1 + length]."""
+    tokens = torch.full((batch, 1 + length), separator, device=model.device)
+    cache = None
+    for step in range(length):
+        answer = model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
+        cache = answer.past_key_values
+        probs = answer.logits[:, -1, :vocab_size].float().softmax(dim=1)
+        tokens[:, step + 1] = torch.multinomial(probs, 1)[:, 0]
+    return tokens.to("cpu", torch.int32).numpy()
