@@ -11,12 +11,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind", ["indexes", "faults"])
-def test_the_tables_of_the_teachers_page(kind):
-    results = sorted((ROOT / "benchmarks" / "results").glob(f"*-{kind}.json"))
-    command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), *map(str, results)]
+RESULTS = ROOT / "benchmarks" / "results"
+OF_THE_TEACHER = [*RESULTS.glob("*-indexes.json"), *RESULTS.glob("*-faults.json")]
+PAGES = {
+    "teacher.md": OF_THE_TEACHER,
+    "benchmarks.md": [path for path in RESULTS.glob("*.json") if path not in OF_THE_TEACHER],
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_a_page(page: str) -> None:
+    assert PAGES[page]
+    command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), *map(str, PAGES[page])]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    page = (ROOT / "docs" / "teacher.md").read_text()
-    assert results
+    lines = (ROOT / "docs" / page).read_text().splitlines()
     for line in printed.splitlines():
-        assert line in page.splitlines()
+        assert line in lines
