@@ -6,7 +6,9 @@ wait for. A launcher that starts them ends the others when one of them fails.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +26,19 @@ _PATIENCE = timedelta(days=1)
 
 def join_processes(device: str) -> PartialState:
     """The processes of this run: one, unless a launcher started several."""
-    return PartialState(cpu=pick_device(device).type == "cpu", timeout=_PATIENCE)
+    processes = PartialState(cpu=pick_device(device).type == "cpu", timeout=_PATIENCE)
+    if processes.backend == "gloo":
+        _leave_at_exit()
+    return processes
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """gloo's threads outlive a short run's interpreter, and then abort the process; once is enough.
+
+    NCCL is left alone: where one process has failed, leaving would wait for it.
+    """
+    atexit.register(PartialState().destroy_process_group)
 
 
 def own_device(processes: PartialState, device: str) -> str:
