@@ -96,5 +96,5 @@ def test_interpolate_sample(contest, device, shape, filters, contender):
         check=check,
         floor_bytes=base.numel() * 4,
         another=another if shape[0] <= 16 and contender != "eager" else None,
-        goal=None if share is None else goal,
+        goal=None if share is None or device == "cpu" else goal,
     )
