@@ -124,18 +124,6 @@ struct Pack {
     }
   }
 
-  // The greatest logit; NaN if one of them is.
-  __device__ float greatest() const {
-    const auto* x = reinterpret_cast<const Pair<T>*>(&words);
-    const auto high = greater(greater(x[0], x[1]), greater(x[2], x[3]));
-    if constexpr (std::is_same_v<T, float>) {
-      return high;
-    } else {
-      const float2 last = to_floats(high);
-      return greater(last.x, last.y);
-    }
-  }
-
   // The greatest logit, and all the others.
   __device__ float split(float (&others)[kPack<T> - 1]) const {
     const auto* x = reinterpret_cast<const Pair<T>*>(&words);
