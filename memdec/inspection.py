@@ -60,6 +60,11 @@ class InspectConfig(PairConfig):
             raise MemdecError("the kNN-LM needs both datastore and targets, one of them was given")
         if self.teacher is not None and self.datastore is None:
             raise MemdecError("teacher goes with datastore")
+        for name in ("html", "json"):
+            path = getattr(self, name)
+            # Scoring takes a while: it should not be lost.
+            writable = path is None or (path.parent.is_dir() and not path.is_dir())
+            require(writable, name, "a file in a directory that exists", str(path))
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,14 @@ def test_adaptive_takes_the_gate_beside_the_training(inspect, tiny, build):
     np.testing.assert_allclose(np.exp(found["log_probs"]["joint"]), mixed, rtol=1e-4)
 
 
+def test_what_made_the_memory_is_found_from_inside_its_directory(inspect, build, monkeypatch):
+    expected = inspect()[1], inspect("--lmbda", "adaptive")[1]
+    for inside, memory in ((build / "train", "memory"), (build / "train" / "memory", ".")):
+        monkeypatch.chdir(inside)
+        found = (inspect(memory=memory)[1], inspect("--lmbda", "adaptive", memory=memory)[1])
+        assert found == expected
+
+
 @pytest.mark.parametrize("lmbda", [(), ("--lmbda", "adaptive"), ("--lmbda", 0.25)])
 def test_every_column_is_the_evaluations_own(inspect, tiny, build, lmbda, tmp_path):
     """On the head of the test split, where the text starts as the stream does."""
@@ -237,7 +245,8 @@ def test_whatever_a_token_holds_is_escaped(tmp_path):
         (("--datastore", "x"), "needs both datastore and targets, one of them was given"),
         (("--teacher", "x"), "teacher goes with datastore"),
         (("--separator-id", 99), "separator_id must be in [0, 62), got 99"),
-        (("--html", "/no/such/directory/page.html"), "/no/such/directory/page.html"),
+        (("--html", "/no/such/directory/page.html"), "html must be a file in a directory that"),
+        (("--html", "/tmp"), "html must be a file in a directory that exists, got '/tmp'"),
     ],
 )
 def test_bad_requests_are_refused(inspect, arguments, message):
@@ -274,4 +283,5 @@ def test_models_that_do_not_go_together_are_refused(inspect, tiny, build, tmp_pa
     result, _ = inspect(memory=build / "adapt" / "model")
     assert "no lmbda was given, and none is recorded" in result.stderr
     result, _ = inspect("--lmbda", "adaptive", memory=other)
-    assert "expected a eval directory" in result.stderr
+    assert "lmbda adaptive needs an evaluation" in result.stderr
+    assert str(tmp_path.parent / "eval") in result.stderr
