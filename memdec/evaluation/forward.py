@@ -54,7 +54,8 @@ def forward_blocks(
         with_confidence: whether each batch has it.
 
     Raises:
-        MemdecError: the model is narrower than the vocabulary or its context than a block.
+        MemdecError: the model is narrower than the vocabulary or its context than a block, or its
+            logits are no numbers.
     """
     check_model(model, block_size, vocab_size)
     positions = stream.positions if positions is None else positions
@@ -75,10 +76,16 @@ def forward_blocks(
                     logits, torch.from_numpy(labels).to(device), vocab_size=real
                 )
                 sure = confidence(logits, real) if with_confidence else None
+            log_probs = scores.flatten().cpu().numpy()
+            if np.isnan(log_probs).any():
+                raise MemdecError(
+                    f"the logits of this {model.config.model_type} at positions {start} to {stop} "
+                    "are no numbers"
+                )
             yield ForwardBatch(
                 start,
                 stop,
-                scores.flatten().cpu().numpy(),
+                log_probs,
                 None if sure is None else sure.flatten(0, 1).cpu().numpy(),
             )
     finally:
