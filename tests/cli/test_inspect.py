@@ -97,6 +97,10 @@ def test_the_table_has_a_row_for_each_token(inspect):
     np.testing.assert_allclose([float(row[2]) for row in rows], change, atol=0.0051)
 
 
+def test_one_token_is_not_called_several(inspect):
+    assert "Perplexity of this token: base " in inspect(text="w3")[0].stdout
+
+
 def test_lmbda_is_the_trainings_then_the_evaluations(inspect, build):
     assert set(inspect()[1]["lmbda"]) == {0.6}
     chosen = json.loads((build / "eval" / "eval.json").read_text())["lmbda"]["joint"]
