@@ -30,6 +30,12 @@ class ForwardBatch:
     log_probs: np.ndarray
     confidence: np.ndarray | None
 
+    def check(self, name: str) -> None:
+        """Raises :class:`MemdecError` where the logits of the model, called `name`, are NaN."""
+        wrong = np.isnan(self.log_probs)
+        if wrong.any():
+            raise MemdecError(f"the logits of {name} are no numbers at position {wrong.argmax()}")
+
 
 def forward_blocks(
     model: PreTrainedModel,
@@ -54,8 +60,7 @@ def forward_blocks(
         with_confidence: whether each batch has it.
 
     Raises:
-        MemdecError: the model is narrower than the vocabulary or its context than a block, or its
-            logits are no numbers.
+        MemdecError: the model is narrower than the vocabulary or its context than a block.
     """
     check_model(model, block_size, vocab_size)
     positions = stream.positions if positions is None else positions
@@ -76,16 +81,10 @@ def forward_blocks(
                     logits, torch.from_numpy(labels).to(device), vocab_size=real
                 )
                 sure = confidence(logits, real) if with_confidence else None
-            log_probs = scores.flatten().cpu().numpy()
-            if np.isnan(log_probs).any():
-                raise MemdecError(
-                    f"the logits of this {model.config.model_type} at positions {start} to {stop} "
-                    "are no numbers"
-                )
             yield ForwardBatch(
                 start,
                 stop,
-                log_probs,
+                scores.flatten().cpu().numpy(),
                 None if sure is None else sure.flatten(0, 1).cpu().numpy(),
             )
     finally:
@@ -98,6 +97,12 @@ class LabelScores:
 
     log_probs: np.ndarray
     confidence: np.ndarray | None
+
+    def check(self, name: str) -> None:
+        """Raises :class:`MemdecError` where the logits of the model, called `name`, are NaN."""
+        wrong = np.isnan(self.log_probs)
+        if wrong.any():
+            raise MemdecError(f"the logits of {name} are no numbers at position {wrong.argmax()}")
 
 
 def label_scores(

@@ -275,6 +275,19 @@ def test_bad_texts_are_refused(inspect, tmp_path, content, message):
     assert "No such file" in missing.stderr
 
 
+def test_logits_that_are_no_numbers_are_refused(inspect, memdec, tiny, tmp_path):
+    broken = load_model(tiny.model)
+    with torch.no_grad():
+        broken.transformer.ln_f.bias.fill_(torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    result, _ = inspect("--lmbda", 0.5, memory=tmp_path / "broken")
+    assert "the logits of memory are no numbers at position 0" in result.stderr
+    models = ("--base", tiny.model, "--memory", tmp_path / "broken", "--tokens", tiny.tokens)
+    options = ("--block-size", tiny.block_size, "--device", "cpu", "--out", tmp_path / "eval")
+    result = memdec("eval", *models, *options)
+    assert "error: the logits of memory on validation are no numbers at position 0" in result.stderr
+
+
 def test_models_that_do_not_go_together_are_refused(inspect, tiny, build, tmp_path):
     other = tiny.save_other_model(tmp_path / "other")
     stages = {"datastore": tiny.datastore, "targets": tiny.targets}
