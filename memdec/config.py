@@ -74,6 +74,11 @@ def require(condition: bool, name: str, expected: str, value: Any) -> None:
         raise MemdecError(f"{name} must be {expected}, got {value!r}")
 
 
+def require_temperature(value: float) -> None:
+    """Raises :class:`MemdecError` unless float32 has room for it, its inverse, and a score beside."""
+    require(1e-30 <= value <= 1e30, "temperature", "from 1e-30 to 1e30", value)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from memdec.config import option, require
+from memdec.config import option, require, require_temperature
 from memdec.errors import MemdecError
 from memdec.pair import ADAPTIVE, PairConfig, load_pair
 
@@ -34,7 +34,7 @@ class GenerateConfig(PairConfig):
         super().check()
         require(len(self.prompt) > 0, "prompt", "given at least once", list(self.prompt))
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1", self.max_new_tokens)
-        require(self.temperature > 0, "temperature", "above 0", self.temperature)
+        require_temperature(self.temperature)
         require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         require(self.beams >= 1, "beams", "at least 1", self.beams)

@@ -60,6 +60,11 @@ class InspectConfig(PairConfig):
             raise MemdecError("the kNN-LM needs both datastore and targets, one of them was given")
         if self.teacher is not None and self.datastore is None:
             raise MemdecError("teacher goes with datastore")
+        for name in ("html", "json"):
+            path = getattr(self, name)
+            # Scoring takes a while: it should not be lost.
+            writable = path is None or (path.parent.is_dir() and not path.is_dir())
+            require(writable, name, "a file in a directory that exists", str(path))
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,10 @@ def _score(
         check_model(model, block_size, joint.config.tokenizer_size)
     options = {"batch_blocks": 1, "vocab_size": joint.config.tokenizer_size}
 
-    def scored(model: PreTrainedModel) -> tuple[np.ndarray, torch.Tensor]:
+    def scored(name: str, model: PreTrainedModel) -> tuple[np.ndarray, torch.Tensor]:
         def both(stream: TokenStream, size: int) -> np.ndarray:
             scores = label_scores(model, stream, block_size=size, **options)
+            scores.check(name)
             assert scores.confidence is not None  # wanted by default
             return np.column_stack([scores.log_probs, scores.confidence])
 
@@ -176,8 +182,8 @@ def _score(
         return found[:, 0], torch.from_numpy(found[:, 1:])
 
     knn = None if config.datastore is None else _KnnLm(config, joint)
-    base, base_confidence = scored(joint.base)
-    memory, memory_confidence = scored(joint.memory)
+    base, base_confidence = scored("base", joint.base)
+    memory, memory_confidence = scored("memory", joint.memory)
     lmbda = joint.config.lmbda
     if isinstance(lmbda, dict):
         weights = Gate(**lmbda).lmbda(base_confidence, memory_confidence).numpy()

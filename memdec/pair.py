@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,9 +45,9 @@ class PairConfig(Config):
 
     @property
     def memory_model(self) -> Path:
-        """The memory's model directory."""
-        is_stage = (self.memory / MANIFEST).is_file()
-        return self.memory / "memory" if is_stage else self.memory
+        """The memory's model directory, absolute: what made it is looked for around it."""
+        memory = Path(os.path.abspath(self.memory))
+        return memory / "memory" if (memory / MANIFEST).is_file() else memory
 
 
 def load_pair(config: PairConfig) -> MemoryDecoderForCausalLM:
@@ -82,6 +83,11 @@ def open_evaluation(config: PairConfig) -> dict[str, Any]:
     from memdec.modeling.loading import model_fingerprint
 
     path = config.evaluation or config.memory_model.parent.parent / "eval"
+    if config.evaluation is None and not path.exists():
+        raise MemdecError(
+            f"lmbda adaptive needs an evaluation of {config.memory}, and there is none at {path}: "
+            "run eval, or give evaluation"
+        )
     artefact = Artefact.open(path, KIND)
     check_input(artefact, "base", model_fingerprint(config.base))
     check_input(artefact, "memory", model_fingerprint(config.memory_model))

@@ -129,6 +129,7 @@ class ArrowSource:
 
     def _rows(self, start: int, stop: int) -> SparseTargets:
         part = self._table.slice(start, stop - start)
+        self._check_batches(part, start, stop)
         lists = {name: part.column(name).combine_chunks() for name in ("token_id", "prob")}
         lengths = {name: lists[name].value_lengths().to_numpy(False) for name in lists}
         lengths["id_cnt"] = part.column("id_cnt").to_numpy()
@@ -140,8 +141,17 @@ class ArrowSource:
                 f"{self._path}: row {start + first} must have as many tokens and probabilities as "
                 f"id_cnt says, got {found}"
             )
-        ids, probs = (lists[name].flatten().to_numpy(False) for name in ("token_id", "prob"))
+        entries = [lists[name].flatten() for name in ("token_id", "prob")]
+        if any(column.null_count for column in entries):
+            raise MemdecError(f"{self._path}: rows {start} to {stop}: an entry is missing")
+        ids, probs = (column.to_numpy(False) for column in entries)
         kept = probs != 0
+        strange = ids[kept & ((ids < 0) | (ids >= self._vocab_size))]
+        if len(strange):  # before they are narrowed to what they are not
+            raise MemdecError(
+                f"{self._path}: rows {start} to {stop}: token ids must be from 0 to "
+                f"{self._vocab_size - 1}, got {strange[0]}"
+            )
         ends = np.cumsum([0, *kept])[np.cumsum([0, *lengths["id_cnt"]])]
         rows = SparseTargets(
             torch.from_numpy(ends),
@@ -154,6 +164,15 @@ class ArrowSource:
         try:
             return rows.validate(self._vocab_size)
         except ValueError as error:
+            raise MemdecError(f"{self._path}: rows {start} to {stop}: {error}") from error
+
+    def _check_batches(self, part: Any, start: int, stop: int) -> None:
+        """Offsets that a damaged file has would be followed to anywhere in memory."""
+        from pyarrow import ArrowInvalid
+
+        try:
+            part.validate(full=True)
+        except ArrowInvalid as error:
             raise MemdecError(f"{self._path}: rows {start} to {stop}: {error}") from error
 
 
@@ -223,15 +242,20 @@ def _read_table(path: Path) -> Any:
     }
     for part in parts:
         for name, (listed, is_kind, expected) in columns.items():
-            if name not in part.column_names:
-                raise MemdecError(f"{path}: {name} must be {expected}, got no such column")
+            count = part.column_names.count(name)
+            if count != 1:
+                found = f"{count} such columns" if count else "no such column"
+                raise MemdecError(f"{path}: {name} must be {expected}, got {found}")
             found = part.schema.field(name).type
             is_list = kinds.is_list(found) or kinds.is_large_list(found)
             if is_list != listed or not is_kind(found.value_type if is_list else found):
                 raise MemdecError(f"{path}: {name} must be {expected}, got {found}")
             if part.column(name).null_count:
                 raise MemdecError(f"{path}: {name} must be {expected}, got missing values")
-    return arrow.concat_tables([part.select(list(columns)) for part in parts])
+    try:
+        return arrow.concat_tables([part.select(list(columns)) for part in parts])
+    except arrow.ArrowInvalid as error:
+        raise MemdecError(f"{path}: its files must have columns of the same types") from error
 
 
 def _arrow_files(path: Path) -> list[Path]:
@@ -240,7 +264,10 @@ def _arrow_files(path: Path) -> list[Path]:
         return [path]
     try:
         state = json.loads((path / "state.json").read_text())
-        return [path / file["filename"] for file in state["_data_files"]]
+        files = [path / file["filename"] for file in state["_data_files"]]
+        if not files:
+            raise ValueError("it names no file")
+        return files
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MemdecError(
             f"{path} is not a directory that datasets saved (save_to_disk): {error}"

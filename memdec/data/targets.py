@@ -7,7 +7,6 @@ themselves can be kept (:mod:`memdec.data.neighbours`): then training chooses te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from memdec.config import Config, option, require
+from memdec.config import Config, option, require, require_temperature
 from memdec.console import say
 from memdec.data.artefact import Artefact, StageWriter, check_option
 from memdec.data.calibration import calibrate
@@ -123,9 +122,11 @@ class TargetsConfig(Config):
         require(
             self.drop_same_context >= 0, "drop_same_context", "at least 0", self.drop_same_context
         )
-        for name in ("temperature", "max_entries", "block_size"):
+        if self.temperature is not None:
+            require_temperature(self.temperature)
+        for name in ("max_entries", "block_size"):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, "above 0 and finite", value)
+            require(value is None or value > 0, name, "above 0", value)
         require(self.lmbda is None or 0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
         used = (*_USED_BY_ALL, *_USED[self.source])
         for field in fields(self):

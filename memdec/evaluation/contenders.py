@@ -165,6 +165,7 @@ class Contenders:
             **self._pass_over(split),
             description=f"{name} on {split}",
         )
+        scores.check(f"{name} on {split}")
         arrays = {"scores": scores.log_probs, "confidence": scores.confidence}
         return {folder: array for folder, array in arrays.items() if array is not None}
 

@@ -30,6 +30,12 @@ class ForwardBatch:
     log_probs: np.ndarray
     confidence: np.ndarray | None
 
+    def check(self, name: str) -> None:
+        """Raises :class:`MemdecError` where the logits of the model, called `name`, are NaN."""
+        wrong = np.isnan(self.log_probs)
+        if wrong.any():
+            raise MemdecError(f"the logits of {name} are no numbers at position {wrong.argmax()}")
+
 
 def forward_blocks(
     model: PreTrainedModel,
@@ -91,6 +97,12 @@ class LabelScores:
 
     log_probs: np.ndarray
     confidence: np.ndarray | None
+
+    def check(self, name: str) -> None:
+        """Raises :class:`MemdecError` where the logits of the model, called `name`, are NaN."""
+        wrong = np.isnan(self.log_probs)
+        if wrong.any():
+            raise MemdecError(f"the logits of {name} are no numbers at position {wrong.argmax()}")
 
 
 def label_scores(

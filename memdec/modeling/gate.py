@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from memdec.config import require
 
 _CHUNK_VALUES = 1 << 24
 
@@ -38,6 +41,9 @@ class Gate:
 
     :func:`memdec.evaluation.gate.fit_gate` makes one, and `MemoryDecoderForCausalLM` takes it in
     place of a number.
+
+    Raises:
+        MemdecError: a field is no finite number.
     """
 
     bias: float
@@ -45,6 +51,12 @@ class Gate:
     base_entropy: float
     memory_log_max: float
     memory_entropy: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            require(finite, f"{field.name} of a gate", "a finite number", value)
 
     def lmbda(self, base: Tensor, memory: Tensor) -> Tensor:
         """The memory's weight ``[...]``, from the :func:`confidence` ``[..., 2]`` of both models."""

@@ -32,9 +32,12 @@ def check_isolation(model: PreTrainedModel) -> None:
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise _refusal(model, "it takes no position ids")
-    vocab_size = model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and context < _LENGTH:
+        raise _refusal(model, f"trying takes {_LENGTH} positions, its context is {context}")
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (len(_CUTS), _LENGTH), generator=generator)
+    tokens = torch.randint(config.vocab_size, (len(_CUTS), _LENGTH), generator=generator)
     tokens = tokens.to(model.device)
     positions = torch.arange(_LENGTH, device=model.device)
     starts = torch.tensor(_CUTS, device=model.device)[:, None]

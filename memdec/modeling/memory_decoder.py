@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -128,7 +129,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
                 differing tokens), a model without a key-value cache.
         """
         if not isinstance(lmbda, Gate):
-            require(0 <= lmbda <= 1, "lmbda", "in [0, 1]", lmbda)
+            in_range = isinstance(lmbda, Real) and 0 <= lmbda <= 1
+            require(in_range, "lmbda", "in [0, 1] or a Gate", lmbda)
         if tokenizer is not None and memory_tokenizer is not None:
             compare_tokenizers(tokenizer, memory_tokenizer)
         config = MemoryDecoderConfig(

@@ -11,6 +11,9 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Float32 holds these and their inverses, with room for a logit beside them.
+_LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-30, 1e30
+
 
 def check_logits(name: str, logits: Tensor) -> None:
     """Logits are `[..., vocabulary]`, float32, bfloat16 or float16, last dimension contiguous."""
@@ -75,20 +78,28 @@ def check_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
-def check_fraction(name: str, value: float) -> None:
-    """A number in [0, 1]."""
+def check_number(name: str, value: float) -> None:
+    """An int or a float."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """A number in [0, 1]."""
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be from 0 to 1, got {value}")
 
 
-def check_temperature(name: str, value: float) -> None:
-    """A finite number above 0."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+def check_temperature(name: str, value: float) -> float:
+    """A finite number above 0; returned is the nearest that the kernels' float32 can divide by.
+
+    A softmax is one-hot, or uniform, long before it comes to that.
+    """
+    check_number(name, value)
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, got {value}")
+    return min(max(value, _LEAST_TEMPERATURE), _GREATEST_TEMPERATURE)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

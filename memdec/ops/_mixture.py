@@ -65,7 +65,7 @@ def check_mixture(
         lmbda = 0.0
     else:
         _checks.check_fraction("lmbda", lmbda)
-    _checks.check_temperature("memory_temperature", memory_temperature)
+    memory_temperature = _checks.check_temperature("memory_temperature", memory_temperature)
     vocab_size = _checks.check_vocab_size(vocab_size, base_logits.shape[-1])
     return MixtureInputs(
         base_logits, memory_logits, lmbda, lmbda_rows, memory_temperature, vocab_size

@@ -20,6 +20,8 @@ from memdec.ops._registration import register
 from memdec.ops._rows import rows_view
 from memdec.ops.interpolate import reference_interpolate
 
+_LEAST_TOP_P = torch.finfo(torch.float32).tiny  # keeps the greatest token, as any smaller one would
+
 
 def interpolate_sample(
     base_logits: Tensor,
@@ -70,8 +72,9 @@ def interpolate_sample(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
     """
     inputs = check_mixture(base_logits, memory_logits, lmbda, memory_temperature, vocab_size)
+    _checks.check_number("temperature", temperature)
     if temperature != 0:
-        _checks.check_temperature("temperature", temperature)
+        temperature = _checks.check_temperature("temperature", temperature)
     if top_k is None:
         top_k = inputs.vocab_size
     else:
@@ -85,6 +88,7 @@ def interpolate_sample(
         _checks.check_fraction("top_p", top_p)
         if top_p == 0:
             raise ValueError("top_p must be above 0, got 0: temperature=0 takes the greatest token")
+        top_p = max(top_p, _LEAST_TOP_P)
     if min_p is None:
         min_p = 0.0
     else:

@@ -57,7 +57,7 @@ def knn_scatter(
             f"{tuple(distances.shape)} and {tuple(neighbor_tokens.shape)}"
         )
     _checks.check_device("neighbor_tokens", neighbor_tokens, distances)
-    _checks.check_temperature("temperature", temperature)
+    temperature = _checks.check_temperature("temperature", temperature)
     row_slots = distances.shape[1]
     if max_entries is not None:
         _checks.check_int("max_entries", max_entries)

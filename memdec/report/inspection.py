@@ -84,10 +84,9 @@ def _side(column: str) -> str:
 def _summary(inspection: Inspection) -> str:
     values = ", ".join(f"{name} {value:.2f}" for name, value in inspection.perplexity.items())
     kind = "mean lmbda" if inspection.adaptive else "lmbda"
-    return (
-        f"Perplexity of these {len(inspection.tokens):,} tokens: {values}; "
-        f"{kind} {inspection.lmbda.mean():.2f}."
-    )
+    count = len(inspection.tokens)
+    what = "this token" if count == 1 else f"these {count:,} tokens"
+    return f"Perplexity of {what}: {values}; {kind} {inspection.lmbda.mean():.2f}."
 
 
 def _visible(token: str) -> str:

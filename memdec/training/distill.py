@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memdec.config import option, require
+from memdec.config import option, require, require_temperature
 from memdec.console import say
 from memdec.data.artefact import Artefact, StageWriter, check_input, check_option
 from memdec.data.corpus import TokenCorpus
@@ -59,9 +58,8 @@ class TrainConfig(LoopConfig):
         for name in ("memory_layers", "memory_width", "k", "max_entries"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "at least 1", value)
-        temperature = self.temperature
-        finite = temperature is None or 0 < temperature < math.inf
-        require(finite, "temperature", "above 0 and finite", temperature)
+        if self.temperature is not None:
+            require_temperature(self.temperature)
         if self.memory_width is not None and self.memory_init != "fresh":
             raise MemdecError("memory_width goes with memory_init fresh only")
 

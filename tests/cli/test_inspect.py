@@ -97,6 +97,10 @@ def test_the_table_has_a_row_for_each_token(inspect):
     np.testing.assert_allclose([float(row[2]) for row in rows], change, atol=0.0051)
 
 
+def test_one_token_is_not_called_several(inspect):
+    assert "Perplexity of this token: base " in inspect(text="w3")[0].stdout
+
+
 def test_lmbda_is_the_trainings_then_the_evaluations(inspect, build):
     assert set(inspect()[1]["lmbda"]) == {0.6}
     chosen = json.loads((build / "eval" / "eval.json").read_text())["lmbda"]["joint"]
@@ -119,6 +123,14 @@ def test_adaptive_takes_the_gate_beside_the_training(inspect, tiny, build):
     base, memory = (np.exp(found["log_probs"][name]) for name in ("base", "memory"))
     mixed = (1 - expected) * base + expected * memory
     np.testing.assert_allclose(np.exp(found["log_probs"]["joint"]), mixed, rtol=1e-4)
+
+
+def test_what_made_the_memory_is_found_from_inside_its_directory(inspect, build, monkeypatch):
+    expected = inspect()[1], inspect("--lmbda", "adaptive")[1]
+    for inside, memory in ((build / "train", "memory"), (build / "train" / "memory", ".")):
+        monkeypatch.chdir(inside)
+        found = (inspect(memory=memory)[1], inspect("--lmbda", "adaptive", memory=memory)[1])
+        assert found == expected
 
 
 @pytest.mark.parametrize("lmbda", [(), ("--lmbda", "adaptive"), ("--lmbda", 0.25)])
@@ -237,7 +249,8 @@ def test_whatever_a_token_holds_is_escaped(tmp_path):
         (("--datastore", "x"), "needs both datastore and targets, one of them was given"),
         (("--teacher", "x"), "teacher goes with datastore"),
         (("--separator-id", 99), "separator_id must be in [0, 62), got 99"),
-        (("--html", "/no/such/directory/page.html"), "/no/such/directory/page.html"),
+        (("--html", "/no/such/directory/page.html"), "html must be a file in a directory that"),
+        (("--html", "/tmp"), "html must be a file in a directory that exists, got '/tmp'"),
     ],
 )
 def test_bad_requests_are_refused(inspect, arguments, message):
@@ -262,6 +275,19 @@ def test_bad_texts_are_refused(inspect, tmp_path, content, message):
     assert "No such file" in missing.stderr
 
 
+def test_logits_that_are_no_numbers_are_refused(inspect, memdec, tiny, tmp_path):
+    broken = load_model(tiny.model)
+    with torch.no_grad():
+        broken.transformer.ln_f.bias.fill_(torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    result, _ = inspect("--lmbda", 0.5, memory=tmp_path / "broken")
+    assert "the logits of memory are no numbers at position 0" in result.stderr
+    models = ("--base", tiny.model, "--memory", tmp_path / "broken", "--tokens", tiny.tokens)
+    options = ("--block-size", tiny.block_size, "--device", "cpu", "--out", tmp_path / "eval")
+    result = memdec("eval", *models, *options)
+    assert "error: the logits of memory on validation are no numbers at position 0" in result.stderr
+
+
 def test_models_that_do_not_go_together_are_refused(inspect, tiny, build, tmp_path):
     other = tiny.save_other_model(tmp_path / "other")
     stages = {"datastore": tiny.datastore, "targets": tiny.targets}
@@ -274,4 +300,5 @@ def test_models_that_do_not_go_together_are_refused(inspect, tiny, build, tmp_pa
     result, _ = inspect(memory=build / "adapt" / "model")
     assert "no lmbda was given, and none is recorded" in result.stderr
     result, _ = inspect("--lmbda", "adaptive", memory=other)
-    assert "expected a eval directory" in result.stderr
+    assert "lmbda adaptive needs an evaluation" in result.stderr
+    assert str(tmp_path.parent / "eval") in result.stderr

@@ -150,6 +150,11 @@ def no_token(rows: Rows) -> None:
     rows["token_id"][30][0] = VOCAB
 
 
+def no_int32(rows: Rows) -> None:
+    """The token itself, if 32 bits were all that is looked at."""
+    rows["token_id"][30][0] += 2**32
+
+
 def twice(rows: Rows) -> None:
     number = next(i for i, ids in enumerate(rows["token_id"]) if len(ids) > 1)
     rows["token_id"][number][1] = rows["token_id"][number][0]
@@ -157,6 +162,10 @@ def twice(rows: Rows) -> None:
 
 def missing(rows: Rows) -> None:
     rows["prob"][30] = None
+
+
+def missing_inside(rows: Rows) -> None:
+    rows["token_id"][30] = [None, *rows["token_id"][30][1:]]
 
 
 @pytest.mark.parametrize(
@@ -171,12 +180,16 @@ def missing(rows: Rows) -> None:
         (no_number, "row 30 sums to nan"),
         (no_token, "token ids must be from 0 to 319, got 320"),
         (twice, "token_ids must be distinct within a row"),
+        (no_int32, r"token ids must be from 0 to 319, got 4294967\d\d\d"),
         (missing, "prob must be lists of floats, got missing values"),
+        (missing_inside, r"rows \d+ to \d+: an entry is missing"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tiny, rows, tmp_path, change, message):
     change(rows)
-    path = write_stream(tmp_path / "knn.arrow", rows)
+    place = SCHEMA.get_field_index("token_id")
+    wide = SCHEMA.set(place, pa.field("token_id", pa.list_(pa.int64())))
+    path = write_stream(tmp_path / "knn.arrow", rows, wide if change is no_int32 else SCHEMA)
     with pytest.raises(MemdecError, match=message):
         make(tmp_path / "out", tiny, source="file", file=path)
 
@@ -200,6 +213,36 @@ def test_other_columns_are_refused(tiny, tmp_path, field, kind, message):
         rows["prob"] = [[1]]
     path = write_stream(tmp_path / "knn.arrow", rows, schema)
     with pytest.raises(MemdecError, match=message):
+        make(tmp_path / "out", tiny, source="file", file=path)
+
+
+def test_a_data_set_that_does_not_fit_together_is_refused(tiny, rows, tmp_path):
+    place = SCHEMA.get_field_index("token_id")
+    wide = SCHEMA.set(place, pa.field("token_id", pa.large_list(pa.int32())))
+    write_stream(tmp_path / "one.arrow", rows)
+    write_stream(tmp_path / "two.arrow", rows, wide)
+    write_stream(tmp_path / "twice.arrow", rows, SCHEMA.append(SCHEMA.field("label")))
+    cases = {
+        "must have columns of the same types": ["one.arrow", "two.arrow"],
+        "label must be integers, got 2 such columns": ["twice.arrow"],
+        "is not a directory that datasets saved .*: it names no file": [],
+    }
+    for message, names in cases.items():
+        state = {"_data_files": [{"filename": name} for name in names]}
+        (tmp_path / "state.json").write_text(json.dumps(state))
+        with pytest.raises(MemdecError, match=message):
+            make(tmp_path / "out", tiny, source="file", file=tmp_path)
+
+
+def test_offsets_of_a_damaged_file_are_not_followed(tiny, rows, tmp_path):
+    path = write_stream(tmp_path / "knn.arrow", rows, batch=10**6)
+    lengths = [len(ids) for ids in rows["token_id"]]
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    content = bytearray(path.read_bytes())
+    place = content.index(ends.tobytes())
+    content[place + 400 : place + 404] = np.int32(2**30).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(MemdecError, match=r"rows 0 to \d+: .* offset"):
         make(tmp_path / "out", tiny, source="file", file=path)
 
 

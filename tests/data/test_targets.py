@@ -279,8 +279,8 @@ def test_a_stage_that_is_done_says_so(options, tmp_path, capsys):
     ("wrong", "message"),
     [
         ({"k": 0}, "k must be above 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": float("inf")}, "temperature must be above 0 and finite"),
+        ({"temperature": 0.0}, "temperature must be from 1e-30 to 1e30, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be from 1e-30"),
         ({"max_entries": 0}, "max_entries must be above 0"),
         ({"calibration_positions": 0}, "calibration_positions must be above 0"),
         ({"temperature": None}, "give the model"),

@@ -13,6 +13,7 @@ from tiny_models import VOCABULARY, saved, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from memdec import MemoryDecoderForCausalLM
+from memdec.errors import MemdecError
 from memdec.modeling.gate import Gate
 from memdec.modeling.loading import load_model
 from memdec.ops import fused_interpolate
@@ -44,6 +45,18 @@ def generate(model: Any, ids: Tensor, **options: Any) -> list[list[int]]:
     options = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1} | options
     torch.manual_seed(3)
     return model.generate(ids, max_new_tokens=10, **({"do_sample": False} | options)).tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", None])
+def test_a_gate_has_finite_numbers(value: Any) -> None:
+    with pytest.raises(MemdecError, match="base_entropy of a gate must be a finite number"):
+        dataclasses.replace(GATE, base_entropy=value)
+
+
+@pytest.mark.parametrize("value", ["adaptive", dataclasses.asdict(GATE), None, float("nan")])
+def test_what_is_neither_number_nor_gate_is_refused(value: Any) -> None:
+    with pytest.raises(MemdecError, match=r"lmbda must be in \[0, 1\] or a Gate, got"):
+        pair(lmbda=value)
 
 
 def test_each_token_has_its_own_lmbda() -> None:

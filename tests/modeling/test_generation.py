@@ -93,7 +93,7 @@ def test_adaptive_takes_the_gate_of_the_evaluation(
     assert result.joint == expected_text(models, GATE, 12, **options)
     assert "[base and memory, lmbda adaptive]" in capsys.readouterr().out
     moved = evaluation.rename(evaluation.with_name("moved"))
-    with pytest.raises(MemdecError, match="expected a eval directory"):
+    with pytest.raises(MemdecError, match="lmbda adaptive needs an evaluation"):
         generate(GenerateConfig(**wanted, **models))
     [again] = generate(GenerateConfig(**wanted, **flags, **models, evaluation=moved))
     assert again == result
@@ -155,7 +155,8 @@ def test_sampling_follows_its_options_and_the_seed(models: dict) -> None:
         ({"lmbda": 1.5}, r"lmbda must be in \[0, 1\] or adaptive, got 1.5"),
         ({"prompt": ()}, "prompt must be given at least once"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.0}, "temperature must be from 1e-30 to 1e30, got 0.0"),
+        ({"temperature": 1e39}, "temperature must be from 1e-30 to 1e30"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k must be 0 or more"),
         ({"beams": 0}, "beams must be at least 1"),

@@ -60,6 +60,11 @@ def test_a_model_whose_mask_does_not_follow_positions_is_refused() -> None:
         check_isolation(tiny_model("OPT"))
 
 
+def test_a_context_too_short_to_try_is_refused() -> None:
+    with pytest.raises(MemdecError, match="trying takes 16 positions, its context is 8"):
+        check_isolation(tiny_model("GPT2", n_positions=8))
+
+
 def test_logits_that_are_no_numbers_are_refused() -> None:
     model = tiny_model("Llama")
     with torch.no_grad():

@@ -73,6 +73,16 @@ def test_matches_the_definition(
     assert_within_budget(ours, truth, eager(base, memory, 0.3, 1.7))
 
 
+@pytest.mark.parametrize(("extreme", "same"), [(1e-310, 1e-12), (1e-40, 1e-12), (1e308, 1e12)])
+def test_temperatures_that_float32_cannot_hold(
+    extreme: float, same: float, device: str, implementation: str
+) -> None:
+    base, memory = random_pair((6,), 1000, 900, device)
+    base[:, ::2] = memory[:, ::2] = -math.inf
+    ours = fused_interpolate(base, memory, 0.3, memory_temperature=extreme)
+    torch.testing.assert_close(ours.cpu().double(), oracle.interpolate(base, memory, 0.3, same))
+
+
 @pytest.mark.parametrize("out_dtype", DTYPES)
 def test_out_dtype_is_rounded_once(
     out_dtype: torch.dtype, device: str, implementation: str

@@ -208,6 +208,26 @@ def test_padding_and_masked_tokens_are_never_drawn(
     torch.testing.assert_close(log_probs, mixed.gather(-1, tokens[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("extreme", [1e-310, 1e-40, 1e-30, 1e30, 1e39, 1e308])
+def test_temperatures_that_float32_cannot_hold(
+    extreme: float, device: str, implementation: str
+) -> None:
+    base, memory = random_case((300, 700), device)
+    base[:, ::2] = memory[:, ::2] = -math.inf
+    best = interpolate_sample(base, memory, 0.5, temperature=0)[0]
+    tokens, log_probs = interpolate_sample(base, memory, 0.5, temperature=extreme)
+    assert log_probs.isfinite().all()
+    assert (tokens % 2 == 1).all()
+    assert torch.equal(tokens, best) if extreme < 1 else tokens.unique().numel() > 100
+
+
+def test_the_smallest_nucleus_is_the_greatest_token(device: str, implementation: str) -> None:
+    base, memory = random_case((30, 700), device)
+    best = interpolate_sample(base, memory, 0.5, temperature=0)[0]
+    for top_p in (1e-30, 1e-40, 5e-324):
+        assert torch.equal(interpolate_sample(base, memory, 0.5, top_p=top_p)[0], best)
+
+
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16,) * 2])
 def test_weights_a_row_and_rows_without_a_distribution(
@@ -299,6 +319,7 @@ def test_no_rows(device: str, implementation: str) -> None:
         ({"temperature": -1.0}, ValueError, "temperature must be above 0 and finite, got -1"),
         ({"temperature": math.nan}, ValueError, "temperature must be above 0"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+        ({"temperature": torch.zeros(())}, TypeError, "temperature must be a number, got Tensor"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
         ({"top_p": 0.0}, ValueError, "top_p must be above 0"),

@@ -83,6 +83,14 @@ def test_matches_the_definition(
     assert_targets(ours, distances, tokens, 0.7)
 
 
+@pytest.mark.parametrize(("extreme", "same"), [(1e-310, 1e-12), (1e-40, 1e-12), (1e308, 1e12)])
+def test_temperatures_that_float32_cannot_hold(
+    extreme: float, same: float, device: str, implementation: str
+) -> None:
+    distances, tokens = random_neighbours(7, 20, 300, device)
+    assert_targets(knn_scatter(distances, tokens, temperature=extreme), distances, tokens, same)
+
+
 @pytest.mark.parametrize("k", [255, 256, 257, 511, 1023, 1025, 2048, 4095, 4096])
 def test_k_around_powers_of_two(k: int, device: str, implementation: str) -> None:
     distances, tokens = random_neighbours(2, k, 300, device)

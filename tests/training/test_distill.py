@@ -232,7 +232,7 @@ def test_inputs_of_other_stages_are_refused(config, tiny, tmp_path):
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"memory_layers": 0}, "memory_layers must be at least 1, got 0"),
         ({"memory_width": 16}, "memory_width goes with memory_init fresh only"),
-        ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be from 1e-30 to 1e30, got 0.0"),
         ({"k": 0}, "k must be at least 1, got 0"),
     ],
 )
