@@ -54,10 +54,12 @@ class Artefact:
             state = (
                 "is unfinished: run its stage again" if (path / PROGRESS).exists() else "is none"
             )
-            raise MemdecError(f"expected a {kind} directory at {path}, which {state}")
+            raise MemdecError(f"expected a directory of {kind} at {path}, which {state}")
         manifest = _read_json(path / MANIFEST)
         if manifest.get("kind") != kind:
-            raise MemdecError(f"expected a {kind} directory, {path} is a {manifest.get('kind')}")
+            raise MemdecError(
+                f"expected a directory of {kind}, {path} is one of {manifest.get('kind')}"
+            )
         if manifest.get("format") != FORMAT_VERSION:
             raise MemdecError(
                 f"{path} has format {manifest.get('format')}, this memdec reads {FORMAT_VERSION}"

@@ -62,7 +62,7 @@ def test_the_training_is_drawn_where_it_is_given(evaluation, tmp_path):
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(drawings) == 3
     assert "perplexity on validation" in drawings[1]
-    with pytest.raises(MemdecError, match=r"expected an? train directory"):
+    with pytest.raises(MemdecError, match=r"expected a directory of train"):
         write_report(evaluation, tmp_path / "page.html", training=evaluation)
 
 
@@ -119,6 +119,6 @@ def test_the_same_files_give_the_same_page(evaluation, tmp_path, page):
 
 
 def test_a_directory_that_is_no_evaluation(tmp_path):
-    with pytest.raises(MemdecError, match=r"expected an? eval directory"):
+    with pytest.raises(MemdecError, match=r"expected a directory of eval"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

@@ -191,14 +191,14 @@ def test_a_cut_or_missing_file_is_named(tmp_path, change):
 
 
 def test_opening_what_is_not_there_or_not_done_or_another_kind(tmp_path):
-    with pytest.raises(MemdecError, match=r"expected a example directory at .*, which is none"):
+    with pytest.raises(MemdecError, match=r"expected a directory of example at .*, which is none"):
         Artefact.open(tmp_path / "nowhere", "example")
     with stage(tmp_path / "half", "example", PARAMS, INPUTS) as writer:
         writer.write("one", lambda file: file.write(b"1"))
     with pytest.raises(MemdecError, match="is unfinished: run its stage again"):
         Artefact.open(tmp_path / "half", "example")
     write_all(tmp_path / "done")
-    with pytest.raises(MemdecError, match=r"expected a other directory, .* is a example"):
+    with pytest.raises(MemdecError, match=r"expected a directory of other, .* is one of example"):
         Artefact.open(tmp_path / "done", "other")
 
 

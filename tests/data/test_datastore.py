@@ -135,7 +135,7 @@ def test_a_missing_model_and_missing_tokens(options, tmp_path):
     missing = str(tmp_path / "no" / "model")
     with pytest.raises(MemdecError, match=f"no model at {missing}"):
         datastore(DatastoreConfig(**{**options, "model": missing}), tmp_path / "out")
-    with pytest.raises(MemdecError, match=r"expected a tokens directory at .*, which is none"):
+    with pytest.raises(MemdecError, match=r"expected a directory of tokens at .*, which is none"):
         datastore(DatastoreConfig(**{**options, "tokens": tmp_path}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -221,7 +221,7 @@ def test_inputs_of_other_stages_are_refused(config, tiny, tmp_path):
         MemdecError, match=r"targets was made with model \w{12}, this run has \w{12}"
     ):
         train(dataclasses.replace(config, teacher=other), tmp_path / "train")
-    with pytest.raises(MemdecError, match="expected a targets directory"):
+    with pytest.raises(MemdecError, match="expected a directory of targets"):
         train(dataclasses.replace(config, targets=tiny.tokens), tmp_path / "train")
     assert not (tmp_path / "train").exists()
 
