@@ -173,9 +173,9 @@ def _score(
 
     def scored(name: str, model: PreTrainedModel) -> tuple[np.ndarray, torch.Tensor]:
         def both(stream: TokenStream, size: int) -> np.ndarray:
-            scores = label_scores(model, stream, block_size=size, **options)
+            scores = label_scores(model, stream, block_size=size, with_confidence=True, **options)
             scores.check(name)
-            assert scores.confidence is not None  # wanted by default
+            assert scores.confidence is not None
             return np.column_stack([scores.log_probs, scores.confidence])
 
         found = score_overlapping(tokens, block_size, stride, both)

@@ -24,7 +24,7 @@ from memdec.data.datastore import Datastore, DatastoreConfig, datastore
 from memdec.data.targets import TargetsConfig, TargetStore, targets
 from memdec.errors import MemdecError
 from memdec.evaluation.evaluate import EvalConfig, evaluate
-from memdec.evaluation.forward import label_log_probs
+from memdec.evaluation.forward import label_scores
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import load_model
 from memdec.training.adapt import AdaptConfig, adapt
@@ -109,8 +109,10 @@ def test_log_probs_are_those_of_each_document_alone(model_dir, corpus, tiny):
     scores = logits[:, :VOCABULARY].double().log_softmax(-1)
     labels = torch.from_numpy(stream.read(1, len(stream)).astype(np.int64))
     expected = scores.gather(1, labels[:, None])[:, 0].numpy()
-    np.testing.assert_allclose(label_log_probs(model, stream, **options), expected, atol=2e-5)
-    packed = label_log_probs(model, corpus.split("test"), **options)
+    np.testing.assert_allclose(
+        label_scores(model, stream, **options).log_probs, expected, atol=2e-5
+    )
+    packed = label_scores(model, corpus.split("test"), **options).log_probs
     assert np.abs(packed - expected).max() > 1.0  # what a document does to the next one
 
 
@@ -156,13 +158,13 @@ def test_the_teachers_rows_are_those_of_each_document_alone(made, model_dir, cor
 def test_the_calibration_sees_documents_alone(made, model_dir, corpus, tiny):
     chosen = TargetStore.open(made["knn"]).artefact.manifest["calibration"]
     stream = corpus.split("validation", isolate_documents=True)
-    scores = label_log_probs(
+    scores = label_scores(
         load_model(model_dir),
         stream,
         block_size=tiny.block_size,
         batch_blocks=4,
         vocab_size=VOCABULARY,
-    )
+    ).log_probs
     assert chosen["positions"] == stream.positions
     assert chosen["teacher_nll"] == pytest.approx(-scores.mean(dtype=float), rel=1e-5)
 
@@ -187,11 +189,11 @@ def test_adapting_training_and_evaluating(made, train_config, model_dir, corpus,
     train(train_config, tmp_path / "train")
     options = {"block_size": tiny.block_size, "batch_blocks": 4, "vocab_size": VOCABULARY}
     stream = corpus.split("validation", isolate_documents=True)
-    base = label_log_probs(load_model(model_dir), stream, **options)
+    base = label_scores(load_model(model_dir), stream, **options).log_probs
     np.testing.assert_allclose(np.load(tmp_path / "train" / "base.npy"), base, atol=1e-5)
     for stage, name in (("adapt", "model"), ("train", "memory")):
         best = json.loads((tmp_path / stage / "manifest.json").read_text())["best"]
-        trained = label_log_probs(load_model(tmp_path / stage / name), stream, **options)
+        trained = label_scores(load_model(tmp_path / stage / name), stream, **options).log_probs
         assert best["nll"] == pytest.approx(-trained.mean(dtype=float), rel=1e-5)
         assert best["nll"] < -base.mean(dtype=float)
     memory = str(tmp_path / "train" / "memory")
@@ -201,7 +203,7 @@ def test_adapting_training_and_evaluating(made, train_config, model_dir, corpus,
     test = corpus.split("test", isolate_documents=True)
     found = np.load(tmp_path / "eval" / "scores" / "test-base.npy")
     np.testing.assert_allclose(
-        found, label_log_probs(load_model(model_dir), test, **options), atol=1e-5
+        found, label_scores(load_model(model_dir), test, **options).log_probs, atol=1e-5
     )
     for directory in (*made.values(), *(tmp_path / name for name in ("adapt", "train", "eval"))):
         params = json.loads((directory / "manifest.json").read_text())["params"]

@@ -13,16 +13,24 @@ ROOT = Path(__file__).parents[1]
 
 RESULTS = ROOT / "benchmarks" / "results"
 OF_THE_TEACHER = [*RESULTS.glob("*-indexes.json"), *RESULTS.glob("*-faults.json")]
+BENCHMARKS = ROOT / "benchmarks" / "table.py"
+GCIDE = ROOT / "examples" / "gcide"
+# Of each page: the script that prints its tables, and the results.
 PAGES = {
-    "teacher.md": OF_THE_TEACHER,
-    "benchmarks.md": [path for path in RESULTS.glob("*.json") if path not in OF_THE_TEACHER],
+    "teacher.md": (BENCHMARKS, OF_THE_TEACHER),
+    "benchmarks.md": (
+        BENCHMARKS,
+        [path for path in RESULTS.glob("*.json") if path not in OF_THE_TEACHER],
+    ),
+    "gcide.md": (GCIDE / "table.py", [GCIDE / "results" / "h100.json"]),
 }
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_tables_of_a_page(page: str) -> None:
-    assert PAGES[page]
-    command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), *map(str, PAGES[page])]
+    script, results = PAGES[page]
+    assert results
+    command = [sys.executable, str(script), *map(str, results)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = (ROOT / "docs" / page).read_text().splitlines()
     for line in printed.splitlines():

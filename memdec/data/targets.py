@@ -476,7 +476,7 @@ class TargetStore:
         joined = {}
         for name in parts[0]:
             arrays = [part[name] for part in parts]
-            dtype = torch.from_numpy(arrays[0][:0].copy()).dtype
+            dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
             joined[name] = torch.empty(sum(map(len, arrays)), dtype=dtype, pin_memory=pin_memory)
             np.concatenate(arrays, out=joined[name].numpy())
         targets = SparseTargets(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +28,6 @@ class ForwardBatch:
     stop: int
     log_probs: np.ndarray
     confidence: np.ndarray | None
-
-    def check(self, name: str) -> None:
-        """Raises :class:`MemdecError` where the logits of the model, called `name`, are NaN."""
-        wrong = np.isnan(self.log_probs)
-        if wrong.any():
-            raise MemdecError(f"the logits of {name} are no numbers at position {wrong.argmax()}")
 
 
 def forward_blocks(
@@ -91,6 +84,19 @@ def forward_blocks(
         model.train(was_training)
 
 
+def with_progress(
+    batches: Iterable[ForwardBatch], total: int, description: str | None
+) -> Iterator[ForwardBatch]:
+    """The batches, under a bar of `total` positions unless `description` is None."""
+    if description is None:
+        yield from batches
+        return
+    with Progress(description, total, "tokens") as progress:
+        for batch in batches:
+            yield batch
+            progress.advance(batch.stop - batch.start)
+
+
 @dataclass(frozen=True)
 class LabelScores:
     """Log p(label), float32 [positions], and confidence, float32 [positions, 2], or None."""
@@ -113,7 +119,7 @@ def label_scores(
     batch_blocks: int,
     vocab_size: int,
     positions: int | None = None,
-    with_confidence: bool = True,
+    with_confidence: bool = False,
     description: str | None = None,
 ) -> LabelScores:
     """Every position at once; arguments of :func:`forward_blocks`.
@@ -132,38 +138,11 @@ def label_scores(
         positions=positions,
         with_confidence=with_confidence,
     )
-    bar = None if description is None else Progress(description, total, "tokens")
-    with bar or nullcontext():
-        for batch in batches:
-            log_probs[batch.start : batch.stop] = batch.log_probs
-            if sure is not None:
-                sure[batch.start : batch.stop] = batch.confidence
-            if bar is not None:
-                bar.advance(batch.stop - batch.start)
+    for batch in with_progress(batches, total, description):
+        log_probs[batch.start : batch.stop] = batch.log_probs
+        if sure is not None:
+            sure[batch.start : batch.stop] = batch.confidence
     return LabelScores(log_probs, sure)
-
-
-def label_log_probs(
-    model: PreTrainedModel,
-    stream: TokenStream,
-    *,
-    block_size: int,
-    batch_blocks: int,
-    vocab_size: int,
-    positions: int | None = None,
-    description: str | None = None,
-) -> np.ndarray:
-    """Log p(label) at every position, float32 [positions]; arguments of :func:`label_scores`."""
-    return label_scores(
-        model,
-        stream,
-        block_size=block_size,
-        batch_blocks=batch_blocks,
-        vocab_size=vocab_size,
-        positions=positions,
-        with_confidence=False,
-        description=description,
-    ).log_probs
 
 
 def check_model(

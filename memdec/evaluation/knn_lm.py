@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from memdec.console import Progress
 
 if TYPE_CHECKING:  # torch and transformers are slow to import
     from transformers import PreTrainedModel
@@ -38,7 +35,7 @@ def score_neighbours(
         description: as in :func:`memdec.evaluation.forward.label_scores`, with what follows
             `temperature`.
     """
-    from memdec.evaluation.forward import forward_blocks
+    from memdec.evaluation.forward import forward_blocks, with_progress
     from memdec.modeling.key_layer import KeyRecorder
 
     total = stream.positions if positions is None else positions
@@ -51,9 +48,8 @@ def score_neighbours(
         vocab_size=vocab_size,
         positions=total,
     )
-    bar = None if description is None else Progress(description, total, "tokens")
-    with KeyRecorder(model, datastore.key_layer) as recorder, bar or nullcontext():
-        for batch in batches:
+    with KeyRecorder(model, datastore.key_layer) as recorder:
+        for batch in with_progress(batches, total, description):
             queries = recorder.keys.flatten(0, 1).float().cpu().numpy()
             distances, ids = datastore.search(queries, k)
             result[batch.start : batch.stop] = knn_label_log_probs(
@@ -62,8 +58,6 @@ def score_neighbours(
                 stream.read(batch.start + 1, batch.stop + 1),
                 temperature,
             )
-            if bar is not None:
-                bar.advance(batch.stop - batch.start)
     return result
 
 

@@ -40,7 +40,7 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
     from transformers import PreTrainedModel
 
     from memdec.data.corpus import TokenCorpus
-    from memdec.evaluation.forward import check_blocks, check_model, label_log_probs
+    from memdec.evaluation.forward import check_blocks, check_model, label_scores
     from memdec.modeling.loading import (
         compare_tokenizers,
         load_model,
@@ -63,13 +63,13 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
 
     def validate(model: PreTrainedModel) -> dict[str, float]:
-        scores = label_log_probs(
+        scores = label_scores(
             model,
             validation,
             block_size=config.block_size,
             batch_blocks=config.batch_blocks,
             vocab_size=corpus.vocab_size,
-        )
+        ).log_probs
         nll = -float(scores.mean(dtype=float))
         return {"nll": nll, "score": nll}
 

@@ -32,17 +32,18 @@ class BlockCollator:
         input_ids = np.zeros((len(blocks), length), np.int64)
         labels = np.full((len(blocks), length), IGNORE_INDEX, np.int64)
         positions = np.full((len(blocks), length), -1, np.int64)
-        position_ids = np.tile(np.arange(length), (len(blocks), 1))
+        isolated = self.stream.isolate_documents
+        position_ids = np.tile(np.arange(length), (len(blocks), 1)) if isolated else None
         for row, (number, (inputs, expected)) in enumerate(zip(numbers, blocks, strict=True)):
             start = number * self.block_size
             input_ids[row, : len(inputs)] = inputs
             labels[row, : len(inputs)] = expected
             stop = start + len(inputs)
             positions[row, : len(inputs)] = np.arange(start, stop)
-            if self.stream.isolate_documents:
+            if position_ids is not None:
                 position_ids[row, : len(inputs)] = self.stream.position_ids(start, stop)
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-        if self.stream.isolate_documents:
+        if position_ids is not None:
             batch["position_ids"] = torch.from_numpy(position_ids)
         return batch | self.targets.read(positions.ravel(), labels.ravel())
 

@@ -187,21 +187,21 @@ def _joint_validation(
     block_size: int,
 ) -> Validate:
     """Scores a memory by the nll of base and memory at the best lmbda on validation."""
-    from memdec.evaluation.forward import check_model, label_log_probs
+    from memdec.evaluation.forward import check_model, label_scores
     from memdec.evaluation.mixture import best_lmbda
     from memdec.modeling.loading import load_model
 
     isolated = config.isolate_documents
 
     def score(model: PreTrainedModel, description: str | None = None) -> np.ndarray:
-        return label_log_probs(
+        return label_scores(
             model,
             corpus.split("validation", isolate_documents=isolated),
             block_size=block_size,
             batch_blocks=config.batch_blocks,
             vocab_size=corpus.vocab_size,
             description=description,
-        )
+        ).log_probs
 
     if processes.is_main_process and not writer.has("base.npy"):
         base_model = load_model(config.base, device=config.device)

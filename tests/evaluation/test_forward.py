@@ -6,7 +6,7 @@ import torch
 
 from memdec.data.corpus import TokenCorpus
 from memdec.errors import MemdecError
-from memdec.evaluation.forward import check_model, label_log_probs
+from memdec.evaluation.forward import check_model, label_scores
 from memdec.modeling.loading import load_model
 
 VOCABULARY = 62
@@ -23,9 +23,9 @@ def stream(tiny):
 
 
 def test_every_block_is_a_context_of_its_own(model, stream, tiny):
-    found = label_log_probs(
+    found = label_scores(
         model, stream, block_size=tiny.block_size, batch_blocks=3, vocab_size=VOCABULARY
-    )
+    ).log_probs
     assert found.shape == (stream.positions,)
     assert found.dtype == np.float32
     expected = []
@@ -40,24 +40,24 @@ def test_every_block_is_a_context_of_its_own(model, stream, tiny):
 
 def test_the_padding_of_the_logits_takes_no_mass(model, stream, tiny):
     options = {"block_size": tiny.block_size, "batch_blocks": 3}
-    real = label_log_probs(model, stream, vocab_size=VOCABULARY, **options)
-    padded = label_log_probs(model, stream, vocab_size=VOCABULARY + 2, **options)
+    real = label_scores(model, stream, vocab_size=VOCABULARY, **options).log_probs
+    padded = label_scores(model, stream, vocab_size=VOCABULARY + 2, **options).log_probs
     assert (real > padded).all()
 
 
 def test_fewer_positions_are_the_head_of_all(model, stream, tiny):
     options = {"block_size": tiny.block_size, "batch_blocks": 3, "vocab_size": VOCABULARY}
-    head = label_log_probs(model, stream, positions=2 * tiny.block_size, **options)
+    head = label_scores(model, stream, positions=2 * tiny.block_size, **options).log_probs
     np.testing.assert_allclose(
-        head, label_log_probs(model, stream, **options)[: len(head)], rtol=1e-5
+        head, label_scores(model, stream, **options).log_probs[: len(head)], rtol=1e-5
     )
 
 
 def test_a_model_in_training_is_run_without_dropout_and_goes_on_training(model, stream, tiny):
     options = {"block_size": tiny.block_size, "batch_blocks": 3, "vocab_size": VOCABULARY}
-    expected = label_log_probs(model, stream, **options)
+    expected = label_scores(model, stream, **options).log_probs
     model.train()
-    found = label_log_probs(model, stream, **options)
+    found = label_scores(model, stream, **options).log_probs
     assert model.training
     model.eval()
     np.testing.assert_array_equal(found, expected)

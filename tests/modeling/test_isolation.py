@@ -31,7 +31,10 @@ def without_positions(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, n
     module = __import__(type(model).__module__, fromlist=[name])
     if hasattr(module, name):
         made = getattr(module, name)
-        masks = lambda *args, **kwargs: made(*args, **{**kwargs, "position_ids": None})  # noqa: E731
+
+        def masks(*args: object, **kwargs: object) -> object:
+            return made(*args, **{**kwargs, "position_ids": None})
+
         monkeypatch.setattr(module, name, masks)
 
 

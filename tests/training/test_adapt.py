@@ -36,7 +36,7 @@ def adapted(config, tmp_path_factory) -> Path:
 
 def test_the_model_learns_and_its_best_validation_is_kept(adapted, tiny):
     from memdec.data.corpus import TokenCorpus
-    from memdec.evaluation.forward import label_log_probs
+    from memdec.evaluation.forward import label_scores
     from memdec.modeling.loading import load_model, load_tokenizer
 
     curve = json.loads((adapted / "curve.json").read_text())
@@ -44,9 +44,9 @@ def test_the_model_learns_and_its_best_validation_is_kept(adapted, tiny):
     assert best["nll"] == min(row["nll"] for row in curve) < curve[0]["nll"] - 0.5
     model = load_model(adapted / "model")
     validation = TokenCorpus.open(tiny.tokens).split("validation")
-    scores = label_log_probs(
+    scores = label_scores(
         model, validation, block_size=tiny.block_size, batch_blocks=4, vocab_size=62
-    )
+    ).log_probs
     assert -scores.mean(dtype=float) == best["nll"]
     assert model.config.use_cache  # training must not switch the cache off for good
     assert len(load_tokenizer(adapted / "model")) == 62
