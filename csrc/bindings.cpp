@@ -16,6 +16,7 @@
 
 #include "common/kernels.h"
 #include "cpu/huge_pages.h"
+#include "search/keep_nearest.h"
 
 namespace py = pybind11;
 
@@ -259,6 +260,22 @@ void set_simd_level(const std::string& name) {
   throw py::value_error("SIMD level must be one of " + known + ", got " + name);
 }
 
+void keep_nearest([[maybe_unused]] int device, [[maybe_unused]] Address queue, int64_t rows,
+                  int64_t columns, Address distances, float unit, int64_t first_id, int64_t k,
+                  Address nearest) {
+  KeepNearestArgs args;
+  args.rows = rows;
+  args.columns = columns;
+  args.distances = pointer<const float>(distances);
+  args.unit = unit;
+  args.first_id = first_id;
+  args.k = k;
+  args.nearest = pointer<uint64_t>(nearest);
+  Status status;
+  MEMDEC_RUN_CUDA(keep_nearest);
+  if (!status.ok()) throw std::runtime_error(std::string("memdec keep_nearest: ") + status.error);
+}
+
 int64_t sample_groups([[maybe_unused]] int64_t vocab) {
 #ifdef MEMDEC_WITH_CUDA
   return cuda::sample_groups(vocab);
@@ -294,6 +311,9 @@ PYBIND11_MODULE(_C, m) {
       "Asks for huge pages in memory that is about to be filled.");
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason,
         "None when CUDA kernels can run here, else why not.");
+  m.attr("max_nearest") = kMaxNearest;
+  m.def("keep_nearest", &keep_nearest,
+        "Merges distances on CUDA into the nearest so far, see search/keep_nearest.h.");
   m.def("sample_groups", &sample_groups,
         "Floats of scratch a row that interpolate_sample needs on CUDA.");
 #define MEMDEC_DEF(name, Args) m.def(#name, &name);

@@ -1,6 +1,6 @@
 """Exact nearest neighbours: a matrix product, and the k smallest of each of its rows.
 
-Ours because PyTorch does both as fast on a CPU and anywhere on a GPU, and because FAISS leaves open
+Ours because PyTorch multiplies as fast on a CPU and anywhere on a GPU, and because FAISS leaves open
 which of several equal distances it returns.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from memdec._native import kernels_for, launch_on
 from memdec.console import say
 from memdec.data.corpus import rows_between
 from memdec.data.in_flight import InFlight, in_order, to_device
@@ -178,9 +179,7 @@ class ExactIndex:
                 other = left_out != column + block.first
                 kept = torch.where(other, distances.gather(1, column), torch.inf)
                 distances.scatter_(1, column, kept)
-            near, columns = _unpack(smallest(distances, k))
-            near = _pack(near * block.unit, columns + block.first)
-            best = torch.cat([best, near], dim=1).sort(dim=1).values[:, :k]
+            best = _keep_nearest(best, distances, block)
         return best
 
 
@@ -191,6 +190,26 @@ def _room(devices: Sequence[torch.device]) -> int:
         for device in devices
     )
     return least * len(devices)
+
+
+def _keep_nearest(best: Tensor, distances: Tensor, block: _Block) -> Tensor:
+    """The k nearest of the best so far, packed, int64 [n, k], and of a block's distances."""
+    k = best.shape[1]
+    kernels = kernels_for("cuda") if best.is_cuda else None
+    if kernels is None or k > kernels.max_nearest:
+        near, columns = _unpack(smallest(distances, k))
+        near = _pack(near * block.unit, columns + block.first)
+        return torch.cat([best, near], dim=1).sort(dim=1).values[:, :k]
+    kernels.keep_nearest(
+        *launch_on(best.device),
+        *distances.shape,
+        distances.data_ptr(),
+        block.unit,
+        block.first,
+        k,
+        best.data_ptr(),
+    )
+    return best
 
 
 def smallest(distances: Tensor, k: int) -> Tensor:

@@ -8,6 +8,10 @@ from torch import Tensor
 from memdec.environment import environment
 from memdec.ops import _checks
 
+# The memory's sums are made relative to its greatest logit over the temperature, a float32 whose
+# last bit has to stay small beside the exponents of float32. Its softmax is one-hot long before.
+_LEAST_MEMORY_TEMPERATURE = 1e-5
+
 
 class MixtureInputs(NamedTuple):
     """What every such op takes first, in the order of `MIXTURE_SCHEMA`."""
@@ -66,6 +70,7 @@ def check_mixture(
     else:
         _checks.check_fraction("lmbda", lmbda)
     memory_temperature = _checks.check_temperature("memory_temperature", memory_temperature)
+    memory_temperature = max(memory_temperature, _LEAST_MEMORY_TEMPERATURE)
     vocab_size = _checks.check_vocab_size(vocab_size, base_logits.shape[-1])
     return MixtureInputs(
         base_logits, memory_logits, lmbda, lmbda_rows, memory_temperature, vocab_size

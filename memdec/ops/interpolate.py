@@ -52,7 +52,7 @@ def fused_interpolate(
             to `base_logits.shape[:-1]`, read as float32; its values are not checked, one outside
             [0, 1] makes its row NaN. At 0 or 1 the other model has no influence, not even its NaN.
             Pass a tensor when it varies inside compiled code.
-        memory_temperature: divides the memory's logits.
+        memory_temperature: divides the memory's logits; below 1e-5 it is taken as 1e-5.
         vocab_size: the number of real tokens, at most V_base. Columns from there on are padding in
             both models: they take no mass and come out as -inf.
         out_dtype: float32, bfloat16 or float16; the arithmetic is float32 in any case.
