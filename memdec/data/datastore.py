@@ -313,12 +313,8 @@ class Datastore:
 
     def find(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
         """As :meth:`search`, on the device; an exact search is only begun."""
-        from memdec.data.exact import ExactIndex
-
         self._check_search(queries, k)
-        if isinstance(self._index, ExactIndex):
-            return self._index.find(queries, k, exclude)
-        return self.put(*self._index.search(queries, k, exclude))
+        return self._index.find(queries, k, exclude)
 
     def put(self, distances: np.ndarray, ids: np.ndarray) -> Found:
         """An answer of :meth:`search`, on the device."""

@@ -134,7 +134,7 @@ class ExactIndex:
             if others:
                 others = [part.to(best.device, non_blocking=True) for part in others]
                 best = torch.cat([best, *others], dim=1).sort(dim=1).values[:, :k]
-            distances, ids = _unpack(best)
+            distances, ids = unpack(best)
             ids = torch.where(torch.isinf(distances), -1, ids)
             wrong = torch.isnan(distances).any()
             if self._size > 1:
@@ -168,7 +168,7 @@ class ExactIndex:
         """The k nearest among the blocks, packed and in order, on their device."""
         centred = to_device(np.array(queries), device).float() - self._centre.to(device)
         left_out = None if exclude is None else to_device(np.array(exclude), device)[:, None]
-        best = _pack(
+        best = pack(
             torch.full((len(queries), k), torch.inf, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),
         )
@@ -197,8 +197,8 @@ def _keep_nearest(best: Tensor, distances: Tensor, block: _Block) -> Tensor:
     k = best.shape[1]
     kernels = kernels_for("cuda") if best.is_cuda else None
     if kernels is None or k > kernels.max_nearest:
-        near, columns = _unpack(smallest(distances, k))
-        near = _pack(near * block.unit, columns + block.first)
+        near, columns = unpack(smallest(distances, k))
+        near = pack(near * block.unit, columns + block.first)
         return torch.cat([best, near], dim=1).sort(dim=1).values[:, :k]
     kernels.keep_nearest(
         *launch_on(best.device),
@@ -224,7 +224,7 @@ def smallest(distances: Tensor, k: int) -> Tensor:
         k: how many; all columns if there are fewer.
 
     Returns:
-        int64 [n, min(k, columns)]; :func:`_unpack` makes values and columns of it.
+        int64 [n, min(k, columns)]; :func:`unpack` makes values and columns of it.
     """
     columns = distances.shape[1]
     # Group minima and candidates, columns / group + k * group, are fewest at this width.
@@ -242,19 +242,19 @@ def smallest(distances: Tensor, k: int) -> Tensor:
 
 def _smallest_of(values: Tensor, k: int) -> Tensor:
     """As :func:`smallest`, by looking at each number many times."""
-    packed = _pack(values, torch.arange(values.shape[1], device=values.device))
+    packed = pack(values, torch.arange(values.shape[1], device=values.device))
     return packed.topk(min(k, values.shape[1]), dim=1, largest=False).values
 
 
 _ID = (1 << 32) - 1
 
 
-def _pack(values: Tensor, ids: Tensor) -> Tensor:
+def pack(values: Tensor, ids: Tensor) -> Tensor:
     """float32 values of at least 0 and ids below 2^32 as int64 that sort by (value, id)."""
     return torch.add(ids, values.view(torch.int32), alpha=1 << 32)
 
 
-def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return (packed >> 32).int().view(torch.float32), packed & _ID
 
 

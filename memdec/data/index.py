@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memdec.console import say_once
 from memdec.errors import MemdecError
+
+if TYPE_CHECKING:  # torch is slow to import, and --help does without
+    from memdec.data.exact import Found
 
 EXACT = "Flat"
 EXACT_UP_TO = 1 << 20
@@ -45,12 +48,15 @@ def choose_index(spec: str, size: int, width: int) -> str:
 
 
 class FaissIndex:
-    """A FAISS index read from its file: memory-mapped, or copied to the GPUs of `device`."""
+    """A FAISS index read from its file: memory-mapped, or copied to the GPUs of `device`; answers go there."""
 
     def __init__(self, path: Path, nprobe: int, device: str = "cpu") -> None:
+        import torch
+
         from memdec.data.faiss_gpu import copy_to_gpus, visible_gpus
 
         faiss = load_faiss()
+        self._device = torch.device(device)
         try:
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
@@ -64,17 +70,28 @@ class FaissIndex:
     def search(
         self, queries: np.ndarray, k: int, exclude: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS need not return a key first for itself, nor sort, nor find k: -1 is no neighbour."""
+        return self.find(queries, k, exclude).on_host().result()
+
+    def find(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> Found:
+        """As :meth:`search`, on the device: there sorting costs little, on the host more than FAISS.
+
+        FAISS need not return a key first for itself, nor sort, nor find k: -1 is no neighbour.
+        """
+        import torch
+
+        from memdec.data.exact import Found, pack, unpack
+        from memdec.data.in_flight import to_device
+
         wanted = k if exclude is None else k + 1
         wide = np.ascontiguousarray(queries, dtype=np.float32)
-        distances, ids = self._search(wide, wanted)
+        distances, ids = (to_device(array, self._device) for array in self._search(wide, wanted))
         dropped = ids < 0
         if exclude is not None:
-            dropped |= ids == exclude[:, None]
-        distances = np.where(dropped, np.inf, distances.clip(min=0)).astype(np.float32)
-        ids = np.where(dropped, -1, ids)
-        order = np.lexsort((ids, distances), axis=1)[:, :k]
-        return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+            dropped |= ids == to_device(np.array(exclude), self._device)[:, None]
+        distances = distances.clamp(min=0).abs()  # no -0.0, which would not be packed in order
+        packed = pack(distances.masked_fill(dropped, torch.inf), ids.masked_fill(dropped, 0))
+        distances, ids = unpack(packed.sort(dim=1).values[:, :k])
+        return Found(distances, torch.where(torch.isinf(distances), -1, ids), torch.tensor(False))
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         from memdec.data.faiss_gpu import MOST_NEIGHBOURS

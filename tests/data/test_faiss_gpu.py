@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from memdec import console
+from memdec.data import in_flight
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex
 from memdec.data.faiss_gpu import gpus_of, takes, visible_gpus
@@ -93,6 +95,8 @@ def gpus(monkeypatch):
             ),
         }.items():
             monkeypatch.setattr(faiss, name, value, raising=False)
+        # Answers are put in order on the device, which torch need not have.
+        monkeypatch.setattr(in_flight, "to_device", lambda array, _: torch.from_numpy(array))
         return made
 
     console.say_once.cache_clear()

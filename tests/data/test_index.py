@@ -12,7 +12,7 @@ from data_tiny import needs_faiss
 
 from memdec.data import exact as exact_module
 from memdec.data.build_index import build_faiss, write_faiss
-from memdec.data.exact import ExactIndex, _unpack, smallest
+from memdec.data.exact import ExactIndex, unpack, smallest
 from memdec.data.index import FaissIndex, choose_index, make_index
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
@@ -234,7 +234,7 @@ def test_the_smallest_of_a_row_are_those_of_a_stable_sort(k, distinct):
     generator = torch.Generator().manual_seed(k)
     values = torch.randint(distinct, (20, 4096), generator=generator).float() - 0.25
     values[:, 4000:] = torch.inf
-    found, columns = _unpack(smallest(values, k))
+    found, columns = unpack(smallest(values, k))
     expected = torch.sort(values.clamp(min=0), stable=True)
     assert torch.equal(found, expected.values[:, :k])
     assert torch.equal(columns, expected.indices[:, :k])
