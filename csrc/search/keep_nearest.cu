@@ -97,9 +97,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   __syncthreads();
   const int found = count;
-  if (found == k) return;  // none came in
-  for (int i = found + thread; i < buffer_size; i += kThreads) buffer[i] = kNoKey;
-  sort_keys(buffer, buffer_size);
+  if (found > k) {
+    for (int i = found + thread; i < buffer_size; i += kThreads) buffer[i] = kNoKey;
+    sort_keys(buffer, buffer_size);
+  }
   for (int i = thread; i < k; i += kThreads) nearest[i] = buffer[i];
 }
 
