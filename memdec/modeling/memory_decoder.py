@@ -235,9 +235,9 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             float32, ``loss`` their mean nll at the labels; hidden states and attentions are the
             base's.
 
-        With a gate a pass goes on from the evidence in `cache`. It takes masks ``[batch, length]``
-        only, and a cache that an earlier pass with a gate returned, cropped to no less than what
-        that pass read before the positions whose logits it kept.
+        With a gate a pass goes on from the evidence in `cache`, so that an earlier pass with a gate
+        must have filled it, and it may be cropped by fewer positions than that pass kept logits of.
+        The mask must be ``[batch, past + length]`` or None.
         """
         if input_ids is None:
             raise ValueError("input_ids are needed: the memory cannot read the base's embeddings")
