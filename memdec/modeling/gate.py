@@ -26,7 +26,8 @@ from memdec.errors import MemdecError
 SHARE = 1e-3  # of the posterior that starts anew at every token, so that a change of text is seen
 _KEPT = (0.8, 0.98)  # by the running means of gains at a token: the last few tokens, the last page
 _LARGEST_GAIN = 5.0  # nats; one surprise must not drown the rest
-FEATURES = 4 + len(_KEPT)
+MEANS = len(_KEPT)
+FEATURES = 4 + MEANS
 _CHUNK_VALUES = 1 << 24
 
 
@@ -78,11 +79,11 @@ class Told:
     def features(self, before: Tensor | None = None) -> Tensor:
         """The network's inputs, float64 ``[rows, length, FEATURES]``: confidence and mean gains.
 
-        `before` are the means at the position before the first, ``[rows, FEATURES - 4]``.
+        `before` are the means at the position before the first, ``[rows, MEANS]``.
         """
         keep = torch.tensor(_KEPT, dtype=torch.float64, device=self.base.device)
         gains = self.gains.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)[..., None] * (1 - keep)
-        mean = gains.new_zeros(len(gains), len(_KEPT)) if before is None else before
+        mean = gains.new_zeros(len(gains), MEANS) if before is None else before
         means = []
         for gain, continues in zip(gains.unbind(1), self.continues.unbind(1), strict=True):
             mean = torch.where(continues[:, None], keep * mean + gain, 0.0)
@@ -113,7 +114,9 @@ def posterior(gains: Tensor, continues: Tensor, before: Tensor | None = None) ->
 
 @dataclass(frozen=True)
 class Gate:
-    """The network, ``sigmoid(output_weight . tanh(hidden_weight @ features + hidden_bias) + ...)``.
+    """The network: ``output_weight @ tanh(hidden_weight @ features + hidden_bias) + output_bias``.
+
+    The memory's weight is the sigmoid of it, times the posterior.
 
     :func:`memdec.evaluation.gate.fit_gate` makes one, and `MemoryDecoderForCausalLM` takes it in
     place of a number.
@@ -161,11 +164,11 @@ class Gate:
         """Everything that the lmbda at a position follows from, and the next state.
 
         Args:
-            before: the state at the position before the first, ``[rows, 2 + FEATURES - 4]``; None
+            before: the state at the position before the first, ``[rows, 2 + MEANS]``; None
                 where there is no such position.
 
         Returns:
-            float64 ``[rows, length, 2 + FEATURES - 4]``: the network's weight of the memory as a
+            float64 ``[rows, length, 2 + MEANS]``: the network's weight of the memory as a
             logit, the posterior of its mixture against the base, the mean gains.
         """
         features = told.features(None if before is None else before[:, 2:])
