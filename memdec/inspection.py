@@ -155,9 +155,8 @@ def _score(
     config: InspectConfig, joint: MemoryDecoderForCausalLM, tokens: np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Log-probabilities, float64 [positions] a row of the table, and the lmbda of each position."""
-    import torch
-
     from memdec.evaluation.forward import check_model, label_scores
+    from memdec.evaluation.gate import gate_lmbda
     from memdec.evaluation.mixture import mix_log_probs
     from memdec.evaluation.overlap import score_overlapping
     from memdec.modeling.gate import Gate
@@ -169,31 +168,30 @@ def _score(
     require(stride <= block_size, "stride", f"at most {block_size}, the block_size", stride)
     for model in (joint.base, joint.memory):  # a short text would not say so
         check_model(model, block_size, joint.config.tokenizer_size)
-    options = {"batch_blocks": 1, "vocab_size": joint.config.tokenizer_size}
+    options: dict[str, Any] = {"batch_blocks": 1, "vocab_size": joint.config.tokenizer_size}
+    weight = joint.config.lmbda
 
-    def scored(name: str, model: PreTrainedModel) -> tuple[np.ndarray, torch.Tensor]:
-        def both(stream: TokenStream, size: int) -> np.ndarray:
-            scores = label_scores(model, stream, block_size=size, with_confidence=True, **options)
-            scores.check(name)
-            assert scores.confidence is not None
-            return np.column_stack([scores.log_probs, scores.confidence])
-
-        found = score_overlapping(tokens, block_size, stride, both)
-        return found[:, 0], torch.from_numpy(found[:, 1:])
+    def both(stream: TokenStream, size: int) -> np.ndarray:
+        """Log-probabilities of base and memory, and lmbda, float64 [positions, 3]."""
+        gated = isinstance(weight, dict)
+        passes = {"block_size": size, "with_confidence": gated, **options}
+        base = label_scores(joint.base, stream, **passes)
+        base.check("base")
+        memory = label_scores(joint.memory, stream, **passes)
+        memory.check("memory")
+        if gated:
+            lmbda = gate_lmbda(Gate.from_dict(weight), base, memory, stream, size)
+        else:
+            lmbda = np.full(stream.positions, weight)
+        return np.column_stack([base.log_probs, memory.log_probs, lmbda])
 
     knn = None if config.datastore is None else _KnnLm(config, joint)
-    base, base_confidence = scored("base", joint.base)
-    memory, memory_confidence = scored("memory", joint.memory)
-    lmbda = joint.config.lmbda
-    if isinstance(lmbda, dict):
-        weights = Gate(**lmbda).lmbda(base_confidence, memory_confidence).numpy()
-    else:
-        weights = np.full(len(base), lmbda)
-    rows = {"base": base.astype(np.float64)}
+    base, memory, weights = score_overlapping(tokens, block_size, stride, both).T
+    rows = {"base": base}
     if knn is not None:
         near = score_overlapping(tokens, block_size, stride, partial(knn, **options))
         rows["kNN-LM"] = mix_log_probs(base, near, knn.lmbda)
-    rows["memory"] = memory.astype(np.float64)
+    rows["memory"] = memory
     rows["joint"] = mix_log_probs(base, memory, weights)
     return rows, weights
 

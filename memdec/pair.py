@@ -101,10 +101,7 @@ def _lmbda(config: PairConfig) -> float | Gate:
     if config.lmbda == ADAPTIVE:
         from memdec.modeling.gate import Gate
 
-        results = open_evaluation(config)
-        if "gate" not in results:
-            raise MemdecError("the evaluation was made before there were gates: run eval again")
-        return Gate(**results["gate"])
+        return Gate.from_dict(open_evaluation(config).get("gate", {}))
     if config.evaluation is not None:
         return float(open_evaluation(config)["lmbda"]["joint"])
     record = config.memory_model.parent / MANIFEST

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from residual import residual_targets
 from sampled import extend_with_samples
-from scores import ScoreFile, Scores, Settings, Text, score
+from scores import ScoreFile, Text
 
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
 from memdec.data.targets import TargetsConfig, TargetStore, targets
+from memdec.evaluation.forward import LabelScores, label_scores
 from memdec.info import sections
 from memdec.modeling.loading import (
     compare_tokenizers,
@@ -39,6 +39,8 @@ class Experiment:
     """One base, one domain, one folder of work.
 
     Attributes:
+        how: how a text passes through a model, as :func:`memdec.evaluation.forward.label_scores`
+            takes it: blocks, each a context of its own.
         texts: the held-out texts by name: ``validation``, ``test``, and those outside the domain.
         outside: names of the latter.
     """
@@ -59,7 +61,11 @@ class Experiment:
         self.corpus = TokenCorpus.open(tokens)
         self.outside = list(outside)
         self.base = self._as_directory(base)
-        self.how = Settings(settings["block_size"], SCORING_BLOCKS, self.corpus.vocab_size)
+        self.how = {
+            "block_size": settings["block_size"],
+            "batch_blocks": SCORING_BLOCKS,
+            "vocab_size": self.corpus.vocab_size,
+        }
         corpora = {name: TokenCorpus.open(path) for name, path in outside.items()}
         for name, other in corpora.items():
             compare_tokenizers(other.tokenizer(), self.corpus.tokenizer(), (name, str(tokens)))
@@ -183,14 +189,19 @@ class Experiment:
     def model(self, name: str) -> str:
         return {"base": lambda: self.base, "adapted": self.adapted}[name]()
 
-    def scores(self, name: str, model: str) -> dict[str, Scores]:
+    def scores(self, name: str, model: str) -> dict[str, LabelScores]:
         """The answers of a model to every text, made once; `name` is the file's."""
         file = ScoreFile(self.work / "scores" / f"{_file_name(name)}.npz")
         fingerprint = model_fingerprint(model)
         found = file.read(fingerprint)
         if found is None:
             loaded = load_model(model, device=self.device)
-            found = {name: score(loaded, text, self.how) for name, text in self.texts.items()}
+            found = {
+                name: label_scores(
+                    loaded, text.stream, positions=text.positions, with_confidence=True, **self.how
+                )
+                for name, text in self.texts.items()
+            }
             file.write(fingerprint, found)
         return found
 
@@ -250,8 +261,3 @@ class Experiment:
 
 def _file_name(name: str) -> str:
     return re.sub(r"\W+", "-", name.strip().lower())
-
-
-def label_scores(scores: Mapping[str, Scores]) -> dict[str, np.ndarray]:
-    """Log p(label) by text."""
-    return {name: one.label for name, one in scores.items()}

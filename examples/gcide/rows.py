@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from experiment import Experiment, label_scores
-from gate import Gate, posterior
+from experiment import Experiment
 from measures import function_words, mean_change, median_gain, perplexity, rarest_decile
-from scores import score_neighbours
 
 from memdec.data.calibration import choose, teacher_forced
 from memdec.data.datastore import Datastore
+from memdec.evaluation.forward import LabelScores
+from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
+from memdec.evaluation.knn_lm import score_neighbours
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import load_model, load_shape
 
@@ -26,7 +27,10 @@ ByText = dict[str, np.ndarray]  # log p(label) by name of the text
 
 def base_row(experiment: Experiment, setting: Setting) -> Row:
     base = experiment.scores("base", experiment.base)
-    return {"parameters": 0, "perplexity": {"alone": _perplexities(experiment, label_scores(base))}}
+    return {
+        "parameters": 0,
+        "perplexity": {"alone": _perplexities(experiment, _label_scores(base))},
+    }
 
 
 def adapted_row(experiment: Experiment, setting: Setting) -> Row:
@@ -64,22 +68,33 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
     """Neighbours mixed with the base, or with the adapted model; gated by the evidence alone."""
     store = experiment.datastore(setting["keys"])
     keys_model = experiment.model(setting["keys"])
-    beside = label_scores(experiment.scores(setting["beside"], experiment.model(setting["beside"])))
-    base = label_scores(experiment.scores("base", experiment.base))
+    beside = _label_scores(
+        experiment.scores(setting["beside"], experiment.model(setting["beside"]))
+    )
+    base = _label_scores(experiment.scores("base", experiment.base))
     k = min(KNN_K, store.size)
     temperature = _temperature(experiment, store, keys_model, beside["validation"], k)
     dtype = store.artefact.manifest["params"]["dtype"]  # queries as the keys were made
     model = load_model(keys_model, device=experiment.device, dtype=dtype)
     near = {
-        name: score_neighbours(model, store, text, experiment.how, k=k, temperatures=[temperature])[
-            0
-        ]
+        name: score_neighbours(
+            model,
+            text.stream,
+            store,
+            k=k,
+            temperature=temperature,
+            positions=text.positions,
+            **experiment.how,
+        )
         for name, text in experiment.texts.items()
     }
     lmbda, _ = best_lmbda(beside["validation"], near["validation"])
     joint = {name: mix_log_probs(beside[name], near[name], lmbda) for name in near}
-    block_size = experiment.how.block_size
-    weights = {name: posterior(base[name], joint[name], block_size) for name in near}
+    block_size = experiment.how["block_size"]
+    weights = {
+        name: evidence(base[name], joint[name], text.stream, block_size)
+        for name, text in experiment.texts.items()
+    }
     gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}
     needs_teacher = setting["keys"] != "base"
     return {
@@ -111,15 +126,15 @@ def _model_row(experiment: Experiment, setting: Setting, model: str) -> Row:
     """A model alone, beside the base at the best lmbda, and at the gate's."""
     base = experiment.scores("base", experiment.base)
     scores = experiment.scores(_scores_name(setting), model)
-    alone, labels = label_scores(scores), label_scores(base)
+    alone, labels = _label_scores(scores), _label_scores(base)
     lmbda, _ = best_lmbda(labels["validation"], alone["validation"])
-    gate = Gate.fit(
-        base["validation"],
-        scores["validation"],
-        experiment.how.block_size,
-        device=experiment.device,
-    )
-    weights = {name: gate.lmbda(base[name], scores[name]) for name in scores}
+    block_size = experiment.how["block_size"]
+    contexts = {name: (text.stream, block_size) for name, text in experiment.texts.items()}
+    fitted_on = base["validation"], scores["validation"], *contexts["validation"]
+    gate = fit_gate(*fitted_on, device=experiment.device)
+    weights = {
+        name: gate_lmbda(gate, base[name], one, *contexts[name]) for name, one in scores.items()
+    }
     joint = {name: mix_log_probs(labels[name], alone[name], lmbda) for name in scores}
     gated = {name: mix_log_probs(labels[name], alone[name], weights[name]) for name in scores}
     parameters = load_shape(model).num_parameters()
@@ -135,6 +150,10 @@ def _model_row(experiment: Experiment, setting: Setting, model: str) -> Row:
         },
         **_behaviour(experiment, labels["test"], {"joint": joint["test"], "gated": gated["test"]}),
     }
+
+
+def _label_scores(scores: Mapping[str, LabelScores]) -> ByText:
+    return {name: one.log_probs for name, one in scores.items()}
 
 
 def _scores_name(setting: Setting) -> str:
@@ -153,7 +172,7 @@ def _temperature(
 
 
 def _perplexities(experiment: Experiment, log_probs: ByText) -> dict[str, Any]:
-    block_size = experiment.how.block_size
+    block_size = experiment.how["block_size"]
     return {
         name: perplexity(values, experiment.texts[name], block_size)
         for name, values in log_probs.items()

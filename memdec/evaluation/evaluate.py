@@ -78,7 +78,7 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
 
         {"split": str, "positions": int, "resampled": "documents" | "blocks",
          "lmbda": {"joint": float, "kNN-LM": float},
-         "gate": {name: weight} (:class:`memdec.modeling.gate.Gate`),
+         "gate": the fields of :class:`memdec.modeling.gate.Gate`,
          "rows": [{"name": "base" | "kNN-LM" | "memory" | "joint" | "joint, adaptive lmbda" | other,
                    "nll": float,
                    "perplexity": float, "interval": [low, high] (of perplexity, 95 %),

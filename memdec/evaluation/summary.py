@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from memdec.data.artefact import TIMING, Artefact
-from memdec.data.corpus import TokenCorpus
+from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
 from memdec.evaluation.contenders import GATED, KNN, Scored
-from memdec.evaluation.gate import fit_gate
+from memdec.evaluation.forward import LabelScores
+from memdec.evaluation.gate import fit_gate, gate_lmbda
 from memdec.evaluation.mixture import LMBDAS, best_lmbda, lmbda_curve, mix_log_probs
 from memdec.evaluation.passage import make_passage, pieces
-from memdec.modeling.gate import Gate
+from memdec.modeling.loading import pick_device
 
 if TYPE_CHECKING:
     from memdec.evaluation.evaluate import EvalConfig
@@ -43,9 +43,11 @@ def summarise(
         else config.lmbda
         for name, part in mixtures.items()
     }
-    gate = _fitted_gate(scored)
+    gate = fit_gate(
+        *_gate_inputs(config, corpus, scored, "validation"), device=pick_device(config.device)
+    )
     lmbdas = {name: np.asarray(lmbda) for name, lmbda in fixed.items()}
-    lmbdas[ADAPTIVE] = _gated_lmbda(gate, scored, config.split)
+    lmbdas[ADAPTIVE] = gate_lmbda(gate, *_gate_inputs(config, corpus, scored, config.split))
     mixtures[ADAPTIVE] = mixtures["joint"]
     log_probs = _reported(scored, mixtures, lmbdas, config.split)
     positions = len(log_probs["base"])
@@ -92,18 +94,15 @@ def summarise(
     return results, make_passage(tokens, head)
 
 
-def _fitted_gate(scored: Mapping[str, Scored]) -> Gate:
-    parts = [scored[name] for name in GATED]
-    return fit_gate(
-        *(part.log_probs["validation"] for part in parts),
-        *(part.confidence["validation"] for part in parts),
+def _gate_inputs(
+    config: EvalConfig, corpus: TokenCorpus, scored: Mapping[str, Scored], split: str
+) -> tuple[LabelScores, LabelScores, TokenStream, int]:
+    """What base and memory say of a split, and where its contexts begin."""
+    base, memory = (
+        LabelScores(scored[name].log_probs[split], scored[name].confidence[split]) for name in GATED
     )
-
-
-def _gated_lmbda(gate: Gate, scored: Mapping[str, Scored], split: str) -> np.ndarray:
-    """The memory's weight at each position of a split, float32 [positions]."""
-    base, memory = (torch.from_numpy(scored[name].confidence[split]) for name in GATED)
-    return gate.lmbda(base, memory).numpy()
+    stream = corpus.split(split, isolate_documents=config.isolate_documents)
+    return base, memory, stream, config.block_size
 
 
 def _reported(

@@ -1,15 +1,33 @@
-"""lmbda a token: a logistic regression on how sure base and memory are before the token is known."""
+"""lmbda a token: how sure base and memory are, and which of them was right so far.
+
+A small network reads, before a token is known, both models' :func:`confidence` and how much better
+the memory than the base predicted the tokens before. It is fitted on validation, inside the domain.
+Other text it has never seen, and there evidence bounds it: the mixture at the network's weight and
+the base are two forecasters of one sequence, mixed by their posterior (fixed share, Herbster and
+Warmuth 1998). Whatever the network does, the result loses to the base no more than ``log 2`` nats a
+context and about :data:`SHARE` nats a token.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from memdec.config import require
+from memdec.errors import MemdecError
 
+SHARE = 1e-3  # of the posterior that starts anew at every token, so that a change of text is seen
+_KEPT = (0.8, 0.98)  # by the running means of gains at a token: the last few tokens, the last page
+_LARGEST_GAIN = 5.0  # nats; one surprise must not drown the rest
+MEANS = len(_KEPT)
+FEATURES = 4 + MEANS
 _CHUNK_VALUES = 1 << 24
 
 
@@ -36,34 +54,149 @@ def confidence(logits: Tensor, vocab_size: int | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What is known at each position of some contexts, the token there the last one known.
+
+    Attributes:
+        base, memory: log-probability that either gave the token, ``[rows, length]``; not used where
+            a context begins.
+        confidence: of base and memory in what follows it, ``[rows, length, 4]``.
+        continues: bool ``[rows, length]``, False where a context begins (and at padding).
+    """
+
+    base: Tensor
+    memory: Tensor
+    confidence: Tensor
+    continues: Tensor
+
+    @property
+    def gains(self) -> Tensor:
+        """By how much the memory was better, float64; 0 where neither gave the token any mass."""
+        return (self.memory.double() - self.base.double()).masked_fill(
+            self.memory.isneginf() & self.base.isneginf(), 0.0
+        )
+
+    def features(self, before: Tensor | None = None) -> Tensor:
+        """The network's inputs, float64 ``[rows, length, FEATURES]``: confidence and mean gains.
+
+        `before` are the means at the position before the first, ``[rows, MEANS]``.
+        """
+        keep = torch.tensor(_KEPT, dtype=torch.float64, device=self.base.device)
+        gains = self.gains.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)[..., None] * (1 - keep)
+        mean = gains.new_zeros(len(gains), MEANS) if before is None else before
+        means = []
+        for gain, continues in zip(gains.unbind(1), self.continues.unbind(1), strict=True):
+            mean = torch.where(continues[:, None], keep * mean + gain, 0.0)
+            means.append(mean)
+        return torch.cat([self.confidence.double(), torch.stack(means, dim=1)], dim=-1)
+
+
+def posterior(gains: Tensor, continues: Tensor, before: Tensor | None = None) -> Tensor:
+    """The weight of a forecaster against another, by the tokens up to each position.
+
+    Args:
+        gains: log-probability that it gave the token there, less the other's, ``[rows, length]``.
+        continues: bool ``[rows, length]``; where not, the weight is one half.
+        before: the weight at the position before the first, float64 ``[rows]``.
+
+    Returns:
+        float64 ``[rows, length]``.
+    """
+    gains = gains.double().clamp(-50, 50)
+    weight = torch.full_like(gains[:, 0], 0.5) if before is None else before
+    weights = []
+    for gain, same in zip(gains.unbind(1), continues.unbind(1), strict=True):
+        weight = torch.sigmoid(torch.logit(weight) + gain)
+        weight = torch.where(same, SHARE / 2 + (1 - SHARE) * weight, 0.5)
+        weights.append(weight)
+    return torch.stack(weights, dim=1)
+
+
+@dataclass(frozen=True)
 class Gate:
-    """``lmbda = sigmoid(bias + sum of weight * feature)``; a field is the weight of its feature.
+    """The network: ``output_weight @ tanh(hidden_weight @ features + hidden_bias) + output_bias``.
+
+    The memory's weight is the sigmoid of it, times the posterior.
 
     :func:`memdec.evaluation.gate.fit_gate` makes one, and `MemoryDecoderForCausalLM` takes it in
     place of a number.
 
+    Attributes:
+        hidden_weight: a row of :data:`FEATURES` numbers for each hidden unit.
+        hidden_bias, output_weight: a number for each hidden unit.
+
     Raises:
-        MemdecError: a field is no finite number.
+        MemdecError: the sizes differ, or a number is not finite.
     """
 
-    bias: float
-    base_log_max: float
-    base_entropy: float
-    memory_log_max: float
-    memory_entropy: float
+    hidden_weight: tuple[tuple[float, ...], ...]
+    hidden_bias: tuple[float, ...]
+    output_weight: tuple[float, ...]
+    output_bias: float
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        units = len(self.hidden_bias)
+        sizes = [units, len(self.output_weight), *map(len, self.hidden_weight)]
+        wanted = [len(self.hidden_weight)] * 2 + [FEATURES] * len(self.hidden_weight)
+        require(sizes == wanted, "the sizes of a gate", f"those of {FEATURES} features", sizes)
+        values = [*sum(self.hidden_weight, ()), *self.hidden_bias, *self.output_weight]
+        for value in (*values, self.output_bias):
             finite = isinstance(value, (int, float)) and math.isfinite(value)
-            require(finite, f"{field.name} of a gate", "a finite number", value)
+            require(finite, "a number of a gate", "finite", value)
 
-    def lmbda(self, base: Tensor, memory: Tensor) -> Tensor:
-        """The memory's weight ``[...]``, from the :func:`confidence` ``[..., 2]`` of both models."""
-        return torch.sigmoid(
-            self.bias
-            + self.base_log_max * base[..., 0]
-            + self.base_entropy * base[..., 1]
-            + self.memory_log_max * memory[..., 0]
-            + self.memory_entropy * memory[..., 1]
-        )
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """From the fields as JSON keeps them.
+
+        Raises:
+            MemdecError: other fields, as of a gate of another kind.
+        """
+        names = [field.name for field in fields(cls)]
+        if set(saved) != set(names):
+            raise MemdecError(
+                f"expected a gate with {', '.join(names)}, got {', '.join(saved) or 'none'}: "
+                "fit it anew, with eval"
+            )
+        return cls(**{name: _as_tuples(saved[name]) for name in names})
+
+    @torch.no_grad()
+    def states(self, told: Told, before: Tensor | None = None) -> Tensor:
+        """Everything that the lmbda at a position follows from, and the next state.
+
+        Args:
+            before: the state at the position before the first, ``[rows, 2 + MEANS]``; None
+                where there is no such position.
+
+        Returns:
+            float64 ``[rows, length, 2 + MEANS]``: the network's weight of the memory as a
+            logit, the posterior of its mixture against the base, the mean gains.
+        """
+        features = told.features(None if before is None else before[:, 2:])
+        hidden_weight, hidden_bias, output_weight = _tensors(self, features.device)
+        hidden = torch.tanh(features @ hidden_weight + hidden_bias)
+        logits = hidden @ output_weight + self.output_bias
+        first = logits[:, :1] if before is None else before[:, :1]
+        used = torch.cat([first, logits[:, :-1]], dim=1)  # when the token here was predicted
+        gains = torch.logaddexp(logsigmoid(-used), logsigmoid(used) + told.gains)
+        weights = posterior(gains, told.continues, None if before is None else before[:, 1])
+        return torch.cat([torch.stack([logits, weights], dim=-1), features[..., 4:]], dim=-1)
+
+
+def lmbda_of(states: Tensor) -> Tensor:
+    """The memory's weight in what follows each position, float64 ``[...]``, from `Gate.states`."""
+    return states[..., 0].sigmoid() * states[..., 1]
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+@lru_cache(maxsize=8)
+def _tensors(gate: Gate, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights, float64, where they are used: copying them at every token would take longer."""
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    return (
+        torch.tensor(gate.hidden_weight, **options).T,
+        torch.tensor(gate.hidden_bias, **options),
+        torch.tensor(gate.output_weight, **options),
+    )

@@ -27,7 +27,8 @@ from transformers.utils import can_return_tuple
 from memdec.config import require
 from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE, MemoryDecoderCache
-from memdec.modeling.gate import Gate, confidence
+from memdec.modeling.gate import Gate, lmbda_of
+from memdec.modeling.gated_pass import GatedPass
 from memdec.modeling.loading import (
     Dtype,
     compare_tokenizers,
@@ -57,7 +58,7 @@ class MemoryDecoderConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        lmbda: float | dict[str, float] = 0.5,
+        lmbda: float | dict[str, Any] = 0.5,
         base_name: str | None = None,
         tokenizer_size: int | None = None,
         vocab_size: int = 0,
@@ -224,7 +225,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             cache: what an earlier pass returned.
             use_cache: whether to return a cache; None leaves it to the base's configuration.
             labels: ``[batch, length]``; shifted here, -100 is ignored.
-            logits_to_keep: as in transformers, 0 keeps all; to both.
+            logits_to_keep: as in transformers, 0 keeps all; to both, but with a gate, which needs
+                all positions, of the result alone.
             past_key_values: the name of `cache` in transformers before 5.24.
             kwargs: to the base alone, such as pixel values or ``output_hidden_states``.
 
@@ -232,6 +234,10 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             ``logits`` are the mixture's log-probabilities ``[batch, kept, base's width]`` in
             float32, ``loss`` their mean nll at the labels; hidden states and attentions are the
             base's.
+
+        With a gate a pass goes on from the evidence in `cache`, so that an earlier pass with a gate
+        must have filled it, and it may be cropped by fewer positions than that pass kept logits of.
+        The mask must be ``[batch, past + length]`` or None.
         """
         if input_ids is None:
             raise ValueError("input_ids are needed: the memory cannot read the base's embeddings")
@@ -251,6 +257,11 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
+        weight = _lmbda(self.config)
+        gated = None
+        if isinstance(weight, Gate):
+            gated = GatedPass(weight, cache, input_ids, attention_mask, position_ids)
+            shared["logits_to_keep"] = 0
         base_cache = memory_cache = None
         if cache is not None:
             base_cache, memory_cache = cache.base, cache.memory
@@ -258,10 +269,19 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         memory = _run(self.memory, self._memory_ids(input_ids), memory_cache, shared)
         width = base.logits.shape[-1]
         real = min(self.config.tokenizer_size or width, width)
-        weight = _lmbda(self.config)
-        if isinstance(weight, Gate):
-            weight = weight.lmbda(confidence(base.logits, real), confidence(memory.logits, real))
-        log_probs = fused_interpolate(base.logits, memory.logits, weight, vocab_size=real)
+        logits = base.logits, memory.logits
+        after = _paired(base.get(CACHE), memory.get(CACHE))
+        if gated is not None:
+            states = gated.states(*logits, real)
+            evidence = gated.evidence(*logits, states, logits_to_keep)
+            for one in (cache, after):
+                if one is not None:
+                    one.evidence = evidence
+            counted = isinstance(logits_to_keep, int)
+            kept = slice(-logits_to_keep, None) if counted else logits_to_keep
+            logits = logits[0][:, kept], logits[1][:, kept]
+            weight = lmbda_of(states[:, kept])
+        log_probs = fused_interpolate(*logits, weight, vocab_size=real)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.nll_loss(
@@ -272,7 +292,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             logits=log_probs,
             hidden_states=base.get("hidden_states"),
             attentions=base.get("attentions"),
-            **{CACHE: _paired(base.get(CACHE), memory.get(CACHE))},
+            **{CACHE: after},
         )
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -323,7 +343,7 @@ def _run(
 
 def _lmbda(config: Any) -> Any:
     """A number, or the gate whose fields the configuration holds."""
-    return Gate(**config.lmbda) if isinstance(config.lmbda, dict) else config.lmbda
+    return Gate.from_dict(config.lmbda) if isinstance(config.lmbda, dict) else config.lmbda
 
 
 def _has_key_value_cache(model: PreTrainedModel) -> bool:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from memdec import MemoryDecoderForCausalLM
 from memdec.cli import make_app
 from memdec.data.corpus import TokenCorpus
 from memdec.evaluation.evaluate import EvalConfig, evaluate
 from memdec.inspection import Inspection
-from memdec.modeling.gate import Gate, confidence
+from memdec.modeling.gate import Gate
 from memdec.modeling.loading import load_model, load_tokenizer
 from memdec.report.inspection import write_inspection
 from memdec.training.adapt import AdaptConfig, adapt
@@ -107,22 +108,27 @@ def test_lmbda_is_the_trainings_then_the_evaluations(inspect, build):
     assert set(inspect("--evaluation", build / "eval")[1]["lmbda"]) == {chosen}
 
 
-def test_adaptive_takes_the_gate_beside_the_training(inspect, tiny, build):
-    result, found = inspect("--lmbda", "adaptive")
+@pytest.mark.parametrize("block", [(), ("--block-size", 4, "--stride", 2)])
+def test_adaptive_takes_the_gate_beside_the_training(inspect, tiny, build, block):
+    result, found = inspect("--lmbda", "adaptive", *block)
     assert "mean lmbda" in result.stdout
-    gate = Gate(**json.loads((build / "eval" / "eval.json").read_text())["gate"])
-    ids = encode(tiny, TEXT)
-    sure = []
-    for path in (tiny.model, build / "train" / "memory"):
-        with torch.no_grad():
-            sure.append(
-                confidence(load_model(path)(torch.tensor([ids[:-1]])).logits[0], VOCABULARY)
-            )
-    expected = gate.lmbda(*sure).numpy()
-    np.testing.assert_allclose(found["lmbda"], expected, rtol=1e-4)
-    base, memory = (np.exp(found["log_probs"][name]) for name in ("base", "memory"))
-    mixed = (1 - expected) * base + expected * memory
-    np.testing.assert_allclose(np.exp(found["log_probs"]["joint"]), mixed, rtol=1e-4)
+    assert len(set(found["lmbda"])) == len(found["lmbda"])
+    gate = Gate.from_dict(json.loads((build / "eval" / "eval.json").read_text())["gate"])
+    joint = MemoryDecoderForCausalLM.from_models(
+        load_model(tiny.model),
+        load_model(build / "train" / "memory"),
+        lmbda=gate,
+        tokenizer=load_tokenizer(tiny.model),
+    )
+    ids = torch.tensor(encode(tiny, TEXT))
+    pieces = [(0, 0, 7)] if block == () else [(0, 0, 4), (2, 4, 6), (4, 6, 7)]
+    expected = []
+    with torch.no_grad():
+        for start, first, stop in pieces:
+            logits = joint(ids[None, start:stop]).logits[0]
+            labels = ids[start + 1 : stop + 1]
+            expected += logits[torch.arange(len(labels)), labels][first - start :].tolist()
+    np.testing.assert_allclose(found["log_probs"]["joint"], expected, rtol=1e-4)
 
 
 def test_what_made_the_memory_is_found_from_inside_its_directory(inspect, build, monkeypatch):

@@ -10,18 +10,19 @@ import pytest
 import torch
 from killed import contents, run_killed
 
+from memdec import MemoryDecoderForCausalLM
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
 from memdec.errors import MemdecError
 from memdec.evaluation.evaluate import EvalConfig, evaluate
-from memdec.evaluation.gate import fit_gate
-from memdec.evaluation.mixture import mix_log_probs
+from memdec.evaluation.forward import LabelScores
+from memdec.evaluation.gate import fit_gate, gate_lmbda
 from memdec.evaluation.summary import ADAPTIVE
-from memdec.modeling.gate import Gate, confidence
+from memdec.modeling.gate import Gate
 from memdec.modeling.key_layer import KeyRecorder
-from memdec.modeling.loading import load_model
-from memdec.ops import fused_interpolate, knn_scatter
+from memdec.modeling.loading import load_model, load_tokenizer
+from memdec.ops import knn_scatter
 from memdec.training.adapt import AdaptConfig, adapt
 
 
@@ -69,41 +70,24 @@ def test_every_contender_is_scored_on_the_same_tokens(results, tiny):
     assert rows(results)["same"]["gain_interval"] == [0.0, 0.0]
 
 
-def test_joint_is_the_mixture_of_the_models_outputs(config, results, tiny):
-    """By the op that generation uses, over whole distributions."""
-    lmbda = results["lmbda"]["joint"]
-    expected = mixture_nll(config, tiny, lambda base, memory: lmbda)
+def test_joint_is_what_the_pair_finds_block_by_block(config, results, tiny):
+    expected = nll_of_the_pair(config, tiny, results["lmbda"]["joint"])
     assert rows(results)["joint"]["nll"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_adaptive_row_is_the_mixture_at_the_lmbda_of_the_gate(config, results, tiny):
-    gate = Gate(**results["gate"])
-    lmbdas = []
-
-    def lmbda(base, memory):
-        lmbdas.append(gate.lmbda(confidence(base, 62), confidence(memory, 62)))
-        return lmbdas[-1]
-
-    expected = mixture_nll(config, tiny, lmbda)
+def test_the_adaptive_row_is_what_the_pair_finds_with_the_gate(config, results, tiny):
     row = rows(results)[ADAPTIVE]
+    expected = nll_of_the_pair(config, tiny, Gate.from_dict(results["gate"]))
     assert row["nll"] == pytest.approx(expected, rel=1e-5)
-    assert row["lmbda"] == pytest.approx(torch.cat(lmbdas).mean().item(), rel=1e-5)
     assert row["parameters"] == rows(results)["joint"]["parameters"]
 
 
-def test_the_gate_is_fitted_on_validation(evaluated, results):
-    scores = [np.load(evaluated / "scores" / f"validation-{n}.npy") for n in ("base", "memory")]
-    sure = [np.load(evaluated / "confidence" / f"validation-{n}.npy") for n in ("base", "memory")]
-    gate = fit_gate(*scores, *sure)
-    assert results["gate"] == dataclasses.asdict(gate)
-    lmbda = gate.lmbda(*map(torch.from_numpy, sure)).numpy()
-    best = min(results["curves"]["joint"]["validation"])  # at lmbda 1, which a gate only nears
-    assert -mix_log_probs(*scores, lmbda).mean() < best + 1e-5
-
-
-def mixture_nll(config, tiny, lmbda) -> float:
+def nll_of_the_pair(config, tiny, lmbda: float | Gate) -> float:
+    """On the test split, over the distributions that generation draws from."""
+    models = load_model(config.base), load_model(config.memory)
+    tokenizer = load_tokenizer(config.base)
+    pair = MemoryDecoderForCausalLM.from_models(*models, lmbda=lmbda, tokenizer=tokenizer)
     stream = TokenCorpus.open(tiny.tokens).split("test")
-    base, memory = load_model(config.base), load_model(config.memory)
     total = 0.0
     for number in range(stream.blocks(tiny.block_size)):
         inputs, labels = (
@@ -111,10 +95,22 @@ def mixture_nll(config, tiny, lmbda) -> float:
             for part in stream.block(number, tiny.block_size)
         )
         with torch.no_grad():
-            logits = base(inputs[None]).logits[0], memory(inputs[None]).logits[0]
-            log_probs = fused_interpolate(*logits, lmbda(*logits), vocab_size=62)
+            log_probs = pair(inputs[None]).logits[0]
         total -= log_probs[torch.arange(len(labels)), labels].double().sum().item()
     return total / stream.positions
+
+
+def test_the_gate_is_fitted_on_validation(evaluated, results, tiny):
+    def scores(split: str) -> list[LabelScores]:
+        files = [f"{split}-base.npy", f"{split}-memory.npy"]
+        folders = [evaluated / "scores", evaluated / "confidence"]
+        return [LabelScores(*(np.load(folder / file) for folder in folders)) for file in files]
+
+    corpus = TokenCorpus.open(tiny.tokens)
+    gate = fit_gate(*scores("validation"), corpus.split("validation"), tiny.block_size)
+    assert gate == Gate.from_dict(results["gate"])
+    lmbda = gate_lmbda(gate, *scores("test"), corpus.split("test"), tiny.block_size)
+    assert rows(results)[ADAPTIVE]["lmbda"] == pytest.approx(lmbda.mean())
 
 
 def test_the_knn_lm_is_the_mixture_with_dense_targets(config, results, tiny):

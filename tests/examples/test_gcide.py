@@ -1,10 +1,9 @@
-"""examples/gcide end to end on a tiny model: rows, time limit, resuming, table; and its gate."""
+"""examples/gcide end to end on a tiny model: rows, time limit, resuming, table."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import torch
 import yaml
 
 from memdec.data.corpus import TokenCorpus
-from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.ops import SparseTargets
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
@@ -151,61 +149,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def gate() -> ModuleType:
-    return importlib.import_module("gate")
-
-
-def test_evidence_bounds_what_is_lost_to_the_base(gate: ModuleType) -> None:
-    generator = np.random.default_rng(0)
-    base = -generator.exponential(2, 4096)
-    mixed = base - generator.exponential(1, 4096)  # worse everywhere
-    weights = gate.posterior(base, mixed, 1024)
-    found = np.log((1 - weights) * np.exp(base) + weights * np.exp(mixed))
-    assert (base - found).mean() < math.log(2) / 1024 + gate.SHARE
-
-
-def test_evidence_follows_the_better_one(gate: ModuleType) -> None:
-    base = np.full(1000, -4.0)
-    mixed = np.where(np.arange(1000) < 500, -3.0, -5.0)  # the domain ends in the middle
-    weights = gate.posterior(base, mixed, 1000)
-    assert weights[0] == 0.5
-    assert weights[20:500].min() > 0.99
-    assert weights[520:].max() < 0.01
-
-
-def test_no_lmbda_depends_on_a_label_that_is_not_known_yet(gate: ModuleType) -> None:
-    from scores import Scores
-
-    generator = np.random.default_rng(0)
-
-    def some() -> Scores:
-        return Scores(*(-generator.exponential(2, (2, 256))), generator.exponential(2, 256))
-
-    base, memory = some(), some()
-    fitted = gate.Gate.fit(base, memory, 64)
-    before = fitted.lmbda(base, memory)
-    changed = Scores(memory.label.copy(), memory.top, memory.entropy)
-    changed.label[100] -= 3
-    after = fitted.lmbda(base, changed)
-    assert np.array_equal(before[:101], after[:101])
-    assert not np.array_equal(before[101:128], after[101:128])
-    assert np.array_equal(before[128:], after[128:])  # another block, another context
-
-
-def test_a_gate_is_better_than_any_constant(gate: ModuleType) -> None:
-    from scores import Scores
-
-    generator = np.random.default_rng(0)
-    knows = generator.random(2048) < 0.5  # and is sure where it knows
-    label = np.where(knows, -0.1, -6.0)
-    memory = Scores(label, np.where(knows, -0.1, -2.0), np.where(knows, 0.3, 4.0))
-    base = Scores(*np.full((3, 2048), -3.0))
-    weights = gate.Gate.fit(base, memory, 1024).lmbda(base, memory)
-    gated = -mix_log_probs(base.label, memory.label, weights).mean()
-    assert gated < best_lmbda(base.label, memory.label)[1] - 0.1
 
 
 def test_a_residual_completes_the_base_to_the_teacher() -> None:

@@ -62,19 +62,34 @@ def test_lmbda_of_the_training_is_the_default(models: dict) -> None:
     assert generate(config)[0].joint == expected_text(models, 0.6, 6)
 
 
-GATE = Gate(1.5, base_log_max=-2.0, base_entropy=0.4, memory_log_max=3.0, memory_entropy=-0.5)
+# Three hidden units that look at both models' confidence and at the gains before.
+GATE = Gate(
+    (
+        (-1.0, 0.2, 1.5, -0.2, 0.5, 0.0),
+        (0.5, 0.3, 0.0, -0.5, 0.0, 1.0),
+        (0.0, 0.5, 1.0, 0.0, 2.0, 0.0),
+    ),
+    hidden_bias=(0.5, 0.2, -0.5),
+    output_weight=(2.0, 1.0, 1.5),
+    output_bias=1.0,
+)
+
+
+def write_evaluation(models: dict, path: Path, gate: dict) -> Path:
+    """What eval leaves: its lmbda, and a gate."""
+    inputs = {"base": models["base"], "memory": models["memory"] / "memory"}
+    inputs = {name: model_fingerprint(model) for name, model in inputs.items()}
+    results = {"lmbda": {"joint": 0.2}, "gate": gate}
+    with stage(path, "eval", {}, inputs) as writer:
+        writer.write("eval.json", lambda file: file.write(json.dumps(results).encode()))
+        writer.finish()
+    return path
 
 
 @pytest.fixture
 def evaluation(models: dict, tmp_path: Path) -> Path:
-    """What eval leaves beside the training: its lmbda, and a gate."""
-    inputs = {"base": models["base"], "memory": models["memory"] / "memory"}
-    inputs = {name: model_fingerprint(path) for name, path in inputs.items()}
-    results = {"lmbda": {"joint": 0.2}, "gate": dataclasses.asdict(GATE)}
-    with stage(tmp_path / "eval", "eval", {}, inputs) as writer:
-        writer.write("eval.json", lambda file: file.write(json.dumps(results).encode()))
-        writer.finish()
-    return tmp_path / "eval"
+    """Beside the training."""
+    return write_evaluation(models, tmp_path / "eval", dataclasses.asdict(GATE))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +112,12 @@ def test_adaptive_takes_the_gate_of_the_evaluation(
         generate(GenerateConfig(**wanted, **models))
     [again] = generate(GenerateConfig(**wanted, **flags, **models, evaluation=moved))
     assert again == result
+
+
+def test_an_evaluation_with_another_kind_of_gate_is_refused(models: dict, tmp_path: Path) -> None:
+    old = write_evaluation(models, tmp_path / "eval", {"bias": 1.0, "base_entropy": 0.4})
+    with pytest.raises(MemdecError, match=r"expected a gate with hidden_weight.*, got bias, base_"):
+        generate(GenerateConfig(prompt=(PROMPT,), lmbda="adaptive", **models, evaluation=old))
 
 
 def test_an_evaluation_that_is_given_says_lmbda(models: dict, evaluation: Path) -> None:
