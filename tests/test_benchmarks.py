@@ -43,6 +43,39 @@ def test_indexes(tiny, tmp_path):
     assert shown.endswith(run("table.py", tmp_path / "now.json"))
 
 
+def test_whole(tiny, tmp_path):
+    """A run that is cut off counts, and goes on; each stage stands beside its plan."""
+    pytest.importorskip("faiss")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"block_size: {tiny.block_size}\n"
+        "prepare: {documents: line, validation_fraction: 0.15, test_fraction: 0.3}\n"
+        "adapt: {epochs: 2, batch_blocks: 4}\n"
+        "datastore: {index: 'IVF4,Flat'}\n"
+        "targets: {source: mixture, k: 16, top_m: 8}\n"
+        "train: {memory_layers: 1, epochs: 1}\n"
+    )
+    result = tmp_path / "now.json"
+    given = ["--recipe", recipe, "--base", tiny.model, "--corpus", tiny.corpus]
+    given += ["--out", tmp_path / "out", "--result", result, "--set"]
+    with pytest.raises(AssertionError, match="no such"):
+        run("whole.py", *given, "eval.others=[other=no-such]")
+    cut_off = {row["stage"]: row for row in json.loads(result.read_text())["whole"]}
+    assert cut_off["train"]["finished"]
+    assert not cut_off["eval"]["finished"]
+    shown = run("whole.py", *given, "eval.bootstrap=50")
+    rows = {row["stage"]: row for row in json.loads(result.read_text())["whole"]}
+    assert list(rows) == ["prepare", "adapt", "datastore", "targets", "train", "eval"]
+    assert rows["train"] == cut_off["train"]
+    assert rows["eval"]["starts"] == 2
+    assert rows["eval"]["seconds"] > cut_off["eval"]["seconds"]
+    needs = {need["stage"]: need for need in json.loads(result.read_text())["plan"]["needs"]}
+    for row in rows.values():
+        assert 0 < row["disk"] <= 1.5 * needs[row["stage"]]["disk"] + 100_000
+    assert shown.endswith(run("table.py", result))
+    assert "| kNN-LM |" in shown
+
+
 def test_goals_against_other_contenders(tmp_path):
     def bench(contender: str, seconds: float, **more: object) -> dict:
         extra = {"op": "op", "case": "case", "contender": contender, **more}

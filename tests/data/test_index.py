@@ -12,7 +12,7 @@ from data_tiny import needs_faiss
 
 from memdec.data import exact as exact_module
 from memdec.data.build_index import build_faiss, write_faiss
-from memdec.data.exact import ExactIndex, unpack, smallest
+from memdec.data.exact import ExactIndex, smallest, unpack
 from memdec.data.index import FaissIndex, choose_index, make_index
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
