@@ -31,6 +31,8 @@ def table(path: Path) -> str:
         return faults_table(result)
     if "whole" in result:
         return whole_table(result)
+    if "processes" in result:
+        return processes_table(result)
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -251,6 +253,26 @@ def faults_table(result: dict) -> str:
             f"{row['ends']}",
             "yes" if row["same_bytes"] else "NO",
         ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def processes_table(result: dict) -> str:
+    """One line a stage of processes.py: its rate in one process and in several, and the bytes."""
+    machine = result["machine_info"]
+    counts = list(result["processes"][0]["seconds"])
+    heads = [f"{count} process{'' if int(count) == 1 else 'es'}" for count in counts]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}. "
+        f"{result['setting']}.",
+        "",
+        f"| stage | a second, {heads[0]} | {heads[1]} | ratio | same bytes |",
+        "|---" * 5 + "|",
+    ]
+    for row in result["processes"]:
+        one, several = (row["count"] / taken for taken in row["seconds"].values())
+        cells = [row["stage"], f"{one:,.0f} {row['unit']}", f"{several:,.0f}"]
+        cells += [f"{several / one:.2f}", "yes" if row["same_bytes"] else "NO"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

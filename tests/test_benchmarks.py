@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +78,35 @@ def test_whole(tiny, tmp_path):
         assert 0 < row["disk"] <= 1.5 * needs[row["stage"]]["disk"] + 100_000
     assert shown.endswith(run("table.py", result))
     assert "| kNN-LM |" in shown
+
+
+def test_processes(tmp_path):
+    shown = run("processes.py", "--tiny", "--out", tmp_path / "now.json")
+    rows = json.loads((tmp_path / "now.json").read_text())["processes"]
+    assert [row["stage"] for row in rows] == ["datastore", "targets"]
+    assert all(row["same_bytes"] and min(row["seconds"].values()) > 0 for row in rows)
+    assert shown.endswith(run("table.py", tmp_path / "now.json"))
+
+
+def test_what_nvidia_smi_says(tmp_path, monkeypatch):
+    """A stand-in that is busy with 2 GiB, and once does not know."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        f"#!/bin/sh\nif [ -e {tmp_path}/asked ]; then echo '50, 2048'; else echo '[N/A], 1'; fi\n"
+        f"touch {tmp_path}/asked\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = importlib.import_module("gpu_busy").GpuBusy()
+    begin = time.perf_counter()
+    with gpu.watch():
+        time.sleep(1)
+    end = time.perf_counter()
+    assert gpu.share(begin, end) == 0.5
+    assert gpu.peak_bytes(begin, end) == 2 << 30
+    assert gpu.share(end, end + 1) is gpu.peak_bytes(end, end + 1) is None
 
 
 def test_goals_against_other_contenders(tmp_path):
