@@ -94,7 +94,8 @@ def gpus(monkeypatch):
             ),
         }.items():
             monkeypatch.setattr(faiss, name, value, raising=False)
-        # Answers are put in order on the device, which torch need not have.
+        # Answers are put in order on the device, which torch does not have here.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         to = torch.Tensor.to
         monkeypatch.setattr(torch.Tensor, "to", lambda x, place, **how: to(x, "cpu", **how))
         return made
