@@ -4,9 +4,9 @@
     python benchmarks/processes.py --tiny --out two.json         # anywhere: does it run
     python benchmarks/table.py two.json
 
-Each run is the command of the stage, alone or under ``accelerate launch``; seconds are those that the
-stage notes itself, from its start to its last file. The teacher has the shape of SmolLM2-135M and
-random weights, the tokens are random.
+Each run is the command of the stage, alone or under ``accelerate launch``. Seconds are what its progress
+says at the end: all shards made and written, without start and loading the model. The teacher has the
+shape of SmolLM2-135M and random weights, the tokens are random.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,16 @@ from teacher import save_model, write_tokens
 from whole import machine_info
 
 _UNITS = {"datastore": "tokens", "targets": "rows"}
+_SAID = re.compile(
+    r"^(?:keys of train|targets): [\d,]+ \w+ in (?:([\d.]+) s|(\d+):(\d+))$", re.MULTILINE
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a model and tokens that a CPU can do")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--positions", type=int, default=500_000)
+    parser.add_argument("--positions", type=int, default=1_000_000)
     parser.add_argument("--k", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -60,12 +64,11 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     rows = []
     for stage, more in given.items():
         outs = {count: work / f"{stage}-{count}" for count in (1, options.processes)}
-        for count, out in outs.items():
-            run(count, stage, {**more, "tokens": tokens, "device": options.device, "out": out})
+        more = {**more, "tokens": tokens, "device": options.device}
+        seconds = {count: run(count, stage, {**more, "out": out}) for count, out in outs.items()}
         row = {"stage": stage, "unit": _UNITS[stage], "count": options.positions}
-        row["seconds"] = {count: seconds(out) for count, out in outs.items()}
         one, several = (contents(out) for out in outs.values())
-        rows.append({**row, "same_bytes": one == several})
+        rows.append({**row, "seconds": seconds, "same_bytes": one == several})
         print(json.dumps(rows[-1]), flush=True)
     shape = "a tiny model" if options.tiny else "the shape of SmolLM2-135M"
     return {
@@ -77,7 +80,8 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
 
 
-def run(count: int, stage: str, given: dict[str, Any]) -> None:
+def run(count: int, stage: str, given: dict[str, Any]) -> float:
+    """Runs the stage in `count` processes; the seconds that it took to make and to write all rows."""
     launch = ["memdec"]
     if count > 1:
         launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", f"{count}"]
@@ -88,11 +92,12 @@ def run(count: int, stage: str, given: dict[str, Any]) -> None:
         command += [f"--{name}", str(value)]
     # On a CPU another number of threads may round otherwise.
     threads = {} if given["device"] == "cuda" else {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env={**os.environ, **threads})
-
-
-def seconds(out: Path) -> float:
-    return float(json.loads((out / "timing.json").read_text())["seconds"])
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **threads})
+    print(done.stderr, file=sys.stderr, flush=True)
+    done.check_returncode()
+    (found,) = _SAID.findall(done.stderr)
+    seconds, minutes, rest = (float(part or 0) for part in found)
+    return seconds + 60 * minutes + rest
 
 
 def contents(out: Path) -> str:
