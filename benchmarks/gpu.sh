@@ -2,7 +2,7 @@
 # Everything that must have run on a GPU after a kernel changed: build, tests, compute-sanitizer,
 # benchmarks. Results and logs go to the folder given; copy the JSON to benchmarks/results/.
 #
-#   benchmarks/gpu.sh OUT [tests] [sanitizer] [benchmarks] [teacher]
+#   benchmarks/gpu.sh OUT [tests] [sanitizer] [benchmarks] [teacher] [two]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -45,6 +45,16 @@ teacher() {
   timeout 300 python3 benchmarks/teacher.py --out "$out/teacher.json" >"$out/teacher.log" 2>&1 ||
     tail -30 "$out/teacher.log"
   python3 benchmarks/table.py "$out/teacher.json"
+}
+
+# With two GPUs: training through NCCL, search over both, and the teacher's stages in two processes.
+two() {
+  timeout 240 python3 -m pytest tests/training/test_training_nccl.py tests/data/test_processes.py \
+    tests/data/test_index.py tests/ops/test_cuda.py -k "two_gpus or nccl or runs_where" -n 3 --dist loadfile -q -rs \
+    -p no:cacheprovider 2>&1 | tee "$out/two-tests.log" | tail -30
+  timeout 240 python3 benchmarks/processes.py --out "$out/processes.json" >"$out/processes.log" 2>&1 ||
+    tail -30 "$out/processes.log"
+  python3 benchmarks/table.py "$out/processes.json"
 }
 
 build

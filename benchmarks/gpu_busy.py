@@ -1,4 +1,8 @@
-"""How busy the GPU is: nvidia-smi's samples of the share of the last moment that a kernel ran."""
+"""How busy the GPU is, and its memory: nvidia-smi's samples.
+
+Busy is the share of the last moment that a kernel ran; memory is everyone's, torch's cache and
+FAISS's own too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ class GpuBusy:
     """Samples with their times, taken while :meth:`watch` is open."""
 
     def __init__(self) -> None:
-        self._samples: list[tuple[float, float]] = []
+        self._samples: list[tuple[float, float, int]] = []  # time, share, bytes
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -24,7 +28,7 @@ class GpuBusy:
         if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
             yield
             return
-        command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu"]
+        command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu,memory.used"]
         command += ["--format=csv,noheader,nounits"]
         over = threading.Event()
 
@@ -32,7 +36,8 @@ class GpuBusy:
             while not over.wait(0.1):
                 answer = subprocess.run(command, capture_output=True, text=True).stdout
                 with contextlib.suppress(ValueError):  # "[N/A]"
-                    self._samples.append((time.perf_counter(), float(answer) / 100))
+                    busy, used = map(float, answer.split(","))
+                    self._samples.append((time.perf_counter(), busy / 100, int(used * 2**20)))
 
         asking = threading.Thread(target=ask)
         asking.start()
@@ -44,5 +49,9 @@ class GpuBusy:
 
     def share(self, begin: float, end: float) -> float | None:
         """The mean of the samples between two times of ``time.perf_counter``."""
-        within = [busy for at, busy in self._samples if begin < at < end]
+        within = [busy for at, busy, _ in self._samples if begin < at < end]
         return sum(within) / len(within) if within else None
+
+    def peak_bytes(self, begin: float, end: float) -> int | None:
+        """The most memory in use between two such times."""
+        return max((used for at, _, used in self._samples if begin < at < end), default=None)

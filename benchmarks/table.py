@@ -29,6 +29,10 @@ def table(path: Path) -> str:
         return indexes_table(result)
     if "faults" in result:
         return faults_table(result)
+    if "whole" in result:
+        return whole_table(result)
+    if "processes" in result:
+        return processes_table(result)
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -251,6 +255,86 @@ def faults_table(result: dict) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def processes_table(result: dict) -> str:
+    """One line a stage of processes.py: its rate in one process and in several, and the bytes."""
+    machine = result["machine_info"]
+    counts = list(result["processes"][0]["seconds"])
+    heads = [f"{count} process{'' if int(count) == 1 else 'es'}" for count in counts]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}. "
+        f"{result['setting']}.",
+        "",
+        f"| stage | a second, {heads[0]} | {heads[1]} | ratio | same bytes |",
+        "|---" * 5 + "|",
+    ]
+    for row in result["processes"]:
+        one, several = (row["count"] / taken for taken in row["seconds"].values())
+        cells = [row["stage"], f"{one:,.0f} {row['unit']}", f"{several:,.0f}"]
+        cells += [f"{several / one:.2f}", "yes" if row["same_bytes"] else "NO"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def whole_table(result: dict) -> str:
+    """Of whole.py: one line a stage, what it took beside its plan; sizes; perplexities."""
+    machine, planned = result["machine_info"], result["plan"]
+    faiss = f", FAISS {machine['faiss']}" if "faiss" in machine else ""
+    corpus = planned["corpus"]
+    lines = [
+        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}{faiss}. "
+        f"Planned for {'about ' if corpus['estimated'] else ''}{corpus['train']:,} train tokens.",
+        "",
+        "| stage | time | planned | disk | planned | memory | planned | GPU memory | planned | GPU busy |",
+        "|---" * 10 + "|",
+    ]
+    needs = {need["stage"]: need for need in planned["needs"]}
+    rows = [row for row in result["whole"] if row["finished"]]
+    for row in rows:
+        need = needs[row["stage"]]
+        cells = [row["stage"], f"{row['seconds']:,.0f} s", f"{need['seconds']:,.0f} s"]
+        for kind in ("disk", "memory", "gpu_memory"):
+            cells += [_size(row[kind]), _size(need[kind])]
+        cells.append(f"{row['busy_seconds'] / row['seconds']:.0%}" if row["gpu_memory"] else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    took, said = (sum(one["seconds"] for one in ones) for ones in (rows, planned["needs"]))
+    disk, kept = (sum(one["disk"] for one in ones) for ones in (rows, planned["needs"]))
+    cells = ["all", f"{took:,.0f} s", f"{said:,.0f} s", _size(disk), _size(kept)]
+    lines.append("| " + " | ".join([*cells, *[""] * 5]) + " |")
+    lines += ["", *(f"{need['stage']}: {need['note']}." for need in needs.values() if need["note"])]
+    if "eval" in result:
+        lines += ["", *_whole_outcome(result)]
+    return "\n".join(lines)
+
+
+def _whole_outcome(result: dict) -> list[str]:
+    found, sizes = result["eval"], result["sizes"]
+    lines = [
+        f"| {found['positions']:,} test tokens | perplexity | 95 % interval | lmbda | parameters |",
+        "|---" * 5 + "|",
+    ]
+    for row in found["rows"]:
+        number = [
+            "infinite" if x is None else f"{x:.2f}" for x in (row["perplexity"], *row["interval"])
+        ]
+        cells = [row["name"], number[0], f"{number[1]} to {number[2]}"]
+        cells.append("" if row["lmbda"] is None else f"{row['lmbda']:.2f}")
+        lines.append("| " + " | ".join([*cells, f"{row['parameters'] / 1e6:.1f} M"]) + " |")
+    if "index" in sizes:
+        store = sizes["keys"] + sizes["index"]
+        lines += [
+            "",
+            f"The datastore has {_size(sizes['keys'])} of keys and {_size(sizes['index'])} of index, "
+            f"the memory {_size(sizes['memory'])}: {store / sizes['memory']:.1f} to 1.",
+        ]
+    return lines
+
+
+def _size(count: int) -> str:
+    if not count:
+        return ""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _met(reached: float | None, goal: float | None) -> str:

@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         result = measure(options, Path(work))
     name = result["machine_info"]["device"].lower().replace(",", "").replace(" ", "-")
-    out = options.out or Path(__file__).parent / "results" / f"teacher-{name}.json"
+    out = options.out or Path(__file__).parent / "results" / f"{name}-teacher.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(teacher_table(result))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,39 @@ from memdec.needs import Corpus, Need, estimate
 _SAMPLE_CHARACTERS = 1 << 20
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a build would need of a machine, a need a stage, in order."""
+
+    needs: list[Need]
+    corpus: Corpus
+    machine: Machine
+
+
 def plan(config: BuildConfig, out: Path) -> int:
     """Prints what ``memdec build`` of the same options would need, and whether it fits.
 
-    Nothing is written and no weight is loaded. `out` is where the build would write; tokens that
-    are there already are counted, otherwise a sample of the corpus is tokenised.
-
     Returns:
         0 when everything fits, else 1: the command's exit status.
+
+    Raises:
+        MemdecError: as :func:`make_plan`.
+    """
+    made = make_plan(config, out)
+    _print_table(made.needs, made.corpus, made.machine)
+    problems = list(misfits(made.needs, made.machine))
+    for problem in problems:
+        say(f"does not fit: {problem}")
+    if not problems:
+        say("fits")
+    return 1 if problems else 0
+
+
+def make_plan(config: BuildConfig, out: Path) -> Plan:
+    """What ``memdec build`` of the same options would need.
+
+    Nothing is written and no weight is loaded. `out` is where the build would write; tokens that
+    are there already are counted, otherwise a sample of the corpus is tokenised.
 
     Raises:
         MemdecError: what a build would refuse: a bad recipe, no such model or corpus, an `out` of
@@ -35,14 +61,8 @@ def plan(config: BuildConfig, out: Path) -> int:
     refuse_strangers(out, OWN)
     machine = measure_machine(recipe.shared.get("device", "auto"), out)
     corpus = count_tokens(steps["prepare"].config, out)
-    needs = list(estimate(steps, recipe.teacher or recipe.base, recipe.base, corpus, machine))
-    _print_table(needs, corpus, machine)
-    problems = list(misfits(needs, machine))
-    for problem in problems:
-        say(f"does not fit: {problem}")
-    if not problems:
-        say("fits")
-    return 1 if problems else 0
+    needs = estimate(steps, recipe.teacher or recipe.base, recipe.base, corpus, machine)
+    return Plan(list(needs), corpus, machine)
 
 
 def count_tokens(config: Any, out: Path) -> Corpus:

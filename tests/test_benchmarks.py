@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +45,68 @@ def test_indexes(tiny, tmp_path):
     assert all_lists["recall"] > 0.99
     assert exact["perplexity"] < result["teacher_perplexity"]
     assert shown.endswith(run("table.py", tmp_path / "now.json"))
+
+
+def test_whole(tiny, tmp_path):
+    """A run that is cut off counts, and goes on; each stage stands beside its plan."""
+    pytest.importorskip("faiss")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"block_size: {tiny.block_size}\n"
+        "prepare: {documents: line, validation_fraction: 0.15, test_fraction: 0.3}\n"
+        "adapt: {epochs: 2, batch_blocks: 4}\n"
+        "datastore: {index: 'IVF4,Flat'}\n"
+        "targets: {source: mixture, k: 16, top_m: 8}\n"
+        "train: {memory_layers: 1, epochs: 1}\n"
+    )
+    result = tmp_path / "now.json"
+    given = ["--recipe", recipe, "--base", tiny.model, "--corpus", tiny.corpus]
+    given += ["--out", tmp_path / "out", "--result", result, "--set"]
+    with pytest.raises(AssertionError, match="no such"):
+        run("whole.py", *given, "eval.others=[other=no-such]")
+    cut_off = {row["stage"]: row for row in json.loads(result.read_text())["whole"]}
+    assert cut_off["train"]["finished"]
+    assert not cut_off["eval"]["finished"]
+    shown = run("whole.py", *given, "eval.bootstrap=50")
+    rows = {row["stage"]: row for row in json.loads(result.read_text())["whole"]}
+    assert list(rows) == ["prepare", "adapt", "datastore", "targets", "train", "eval"]
+    assert rows["train"] == cut_off["train"]
+    assert rows["eval"]["starts"] == 2
+    assert rows["eval"]["seconds"] > cut_off["eval"]["seconds"]
+    needs = {need["stage"]: need for need in json.loads(result.read_text())["plan"]["needs"]}
+    for row in rows.values():
+        assert 0 < row["disk"] <= 1.5 * needs[row["stage"]]["disk"] + 100_000
+    assert shown.endswith(run("table.py", result))
+    assert "| kNN-LM |" in shown
+
+
+def test_processes(tmp_path):
+    shown = run("processes.py", "--tiny", "--out", tmp_path / "now.json")
+    rows = json.loads((tmp_path / "now.json").read_text())["processes"]
+    assert [row["stage"] for row in rows] == ["datastore", "targets"]
+    assert all(row["same_bytes"] and min(row["seconds"].values()) > 0 for row in rows)
+    assert shown.endswith(run("table.py", tmp_path / "now.json"))
+
+
+def test_what_nvidia_smi_says(tmp_path, monkeypatch):
+    """A stand-in that is busy with 2 GiB, and once does not know."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        f"#!/bin/sh\nif [ -e {tmp_path}/asked ]; then echo '50, 2048'; else echo '[N/A], 1'; fi\n"
+        f"touch {tmp_path}/asked\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = importlib.import_module("gpu_busy").GpuBusy()
+    begin = time.perf_counter()
+    with gpu.watch():
+        time.sleep(1)
+    end = time.perf_counter()
+    assert gpu.share(begin, end) == 0.5
+    assert gpu.peak_bytes(begin, end) == 2 << 30
+    assert gpu.share(end, end + 1) is gpu.peak_bytes(end, end + 1) is None
 
 
 def test_goals_against_other_contenders(tmp_path):

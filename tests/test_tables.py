@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-OF_THE_TEACHER = [*RESULTS.glob("*-indexes.json"), *RESULTS.glob("*-faults.json")]
+KINDS_OF_THE_TEACHER = ("indexes", "faults", "teacher", "whole", "processes")
+OF_THE_TEACHER = [path for kind in KINDS_OF_THE_TEACHER for path in RESULTS.glob(f"*-{kind}.json")]
 BENCHMARKS = ROOT / "benchmarks" / "table.py"
 GCIDE = ROOT / "examples" / "gcide"
 # Of each page: the script that prints its tables, and the results.

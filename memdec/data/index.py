@@ -5,6 +5,7 @@ Both kinds of index order by (squared L2 distance, id) and pad with (inf, -1).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from memdec.console import say_once
 from memdec.errors import MemdecError
 
 if TYPE_CHECKING:  # torch is slow to import, and --help does without
+    from torch import Tensor
+
     from memdec.data.exact import Found
 
 EXACT = "Flat"
@@ -80,34 +83,55 @@ class FaissIndex:
         import torch
 
         from memdec.data.exact import Found, pack, unpack
-        from memdec.data.in_flight import to_device
 
         wanted = k if exclude is None else k + 1
-        wide = np.ascontiguousarray(queries, dtype=np.float32)
-        distances, ids = (to_device(array, self._device) for array in self._search(wide, wanted))
+        distances, ids = self._search(queries, wanted)
         dropped = ids < 0
         if exclude is not None:
-            dropped |= ids == to_device(np.array(exclude), self._device)[:, None]
+            dropped |= ids == torch.from_numpy(np.array(exclude)).to(self._device)[:, None]
         distances = distances.clamp(min=0).abs()  # no -0.0, which would not be packed in order
         packed = pack(distances.masked_fill(dropped, torch.inf), ids.masked_fill(dropped, 0))
         distances, ids = unpack(packed.sort(dim=1).values[:, :k])
         return Found(distances, torch.where(torch.isinf(distances), -1, ids), torch.tensor(False))
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+        """What FAISS finds, on the device; by way of pinned memory, which a GPU reads and fills fast."""
+        import torch
+
+        host = partial(torch.empty, pin_memory=torch.cuda.is_available())
+        wide = host(queries.shape).copy_(torch.from_numpy(queries))
+        distances, ids = host(len(queries), k), host(len(queries), k, dtype=torch.int64)
+        arrays = {"D": distances.numpy(), "I": ids.numpy()}
+        if not self._search_on_gpus(wide.numpy(), k, arrays):
+            self._index.search(wide.numpy(), k, **arrays)
+        return (
+            distances.to(self._device, non_blocking=True),
+            ids.to(self._device, non_blocking=True),
+        )
+
+    def _search_on_gpus(self, queries: np.ndarray, k: int, arrays: dict[str, np.ndarray]) -> bool:
+        """Fills the arrays if there are GPUs that can."""
+        import torch
+
         from memdec.data.faiss_gpu import MOST_NEIGHBOURS
 
-        if self._on_gpus is not None and k > MOST_NEIGHBOURS:
+        if self._on_gpus is None:
+            return False
+        if k > MOST_NEIGHBOURS:
             say_once(
                 f"FAISS searches on the CPU: {k} neighbours (with the query's own) are asked for, "
                 f"and on a GPU it finds at most {MOST_NEIGHBOURS}"
             )
-        elif self._on_gpus is not None:
-            try:
-                return self._on_gpus.search(queries, k)
-            except RuntimeError as error:  # out of memory
-                self._on_gpus = None
-                say_once(f"FAISS searches on the CPU from now on: {reason(error)}")
-        return self._index.search(queries, k)
+            return False
+        try:
+            self._on_gpus.search(queries, k, **arrays)
+        except RuntimeError as error:  # out of memory
+            self._on_gpus = None
+            say_once(f"FAISS searches on the CPU from now on: {reason(error)}")
+            return False
+        if torch.cuda.is_available():  # FAISS need not wait for a copy into pinned memory
+            torch.cuda.synchronize(self._device)
+        return True
 
 
 def index_cost(spec: str, size: int, width: int) -> tuple[int, int]:

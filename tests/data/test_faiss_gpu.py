@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from memdec import console
-from memdec.data import in_flight
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex
 from memdec.data.faiss_gpu import gpus_of, takes, visible_gpus
@@ -68,15 +67,15 @@ class Gpus:
                 return SimpleNamespace(search=self.fail)
             return clone
 
-        def search(queries, k):
+        def search(queries, k, **arrays):
             if "search" in self.full:
                 self.fail()
             self.searched += 1
-            return clone.search(queries, k)
+            return clone.search(queries, k, **arrays)
 
         return SimpleNamespace(search=search)
 
-    def fail(self, *_):
+    def fail(self, *_, **__):
         raise RuntimeError("Error in f at g.cu:1: out of memory")
 
 
@@ -95,8 +94,10 @@ def gpus(monkeypatch):
             ),
         }.items():
             monkeypatch.setattr(faiss, name, value, raising=False)
-        # Answers are put in order on the device, which torch need not have.
-        monkeypatch.setattr(in_flight, "to_device", lambda array, _: torch.from_numpy(array))
+        # Answers are put in order on the device, which torch does not have here.
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        to = torch.Tensor.to
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, place, **how: to(x, "cpu", **how))
         return made
 
     console.say_once.cache_clear()

@@ -12,7 +12,7 @@ from data_tiny import needs_faiss
 
 from memdec.data import exact as exact_module
 from memdec.data.build_index import build_faiss, write_faiss
-from memdec.data.exact import ExactIndex, unpack, smallest
+from memdec.data.exact import ExactIndex, smallest, unpack
 from memdec.data.index import FaissIndex, choose_index, make_index
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
@@ -327,11 +327,10 @@ def test_unsorted_answers_with_gaps_and_self_anywhere_are_put_right(tmp_path, mo
     import faiss
 
     class Answers:
-        def search(self, queries, k):
+        def search(self, queries, k, D, I):  # noqa: E741
             assert k == 5
-            distances = [[3.0, 0.5, 0.5, -1e-7, 9.0], [1.0, 7.0, 2.0, 3.0, 4.0]]
-            ids = [[4, 9, 2, 7, -1], [-1, 6, 5, -1, 8]]
-            return np.array(distances, np.float32), np.array(ids)
+            D[:] = [[3.0, 0.5, 0.5, -1e-7, 9.0], [1.0, 7.0, 2.0, 3.0, 4.0]]
+            I[:] = [[4, 9, 2, 7, -1], [-1, 6, 5, -1, 8]]
 
     monkeypatch.setattr(faiss, "read_index", lambda *_: Answers())
     monkeypatch.setattr(faiss, "try_extract_index_ivf", lambda _: None)
