@@ -23,13 +23,16 @@ from memdec.ops import SparseTargets
 FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
 LOOP = {"batch_blocks": 4, "gradient_accumulation": 1, "learning_rate": 3.0e-3}
 TAUGHT = {"epochs": 2, "alpha": 0.5}
+ANSWERS = {"top_m": 8, "batch_blocks": 4, "dtype": "float32"}
 SETTINGS = {
     "block_size": 32,
     "positions": 400,
     "adapt": {**LOOP, "epochs": 3},
     "datastore": {"index": "Flat"},
     "targets": {
-        "mixture": {"source": "mixture", "k": 16, "top_m": 8, "batch_blocks": 4},
+        "knn": {"source": "knn", "k": 16},
+        "mixture": {"seeds": "own", "neighbours": "knn", **ANSWERS},
+        "ensemble": {"seeds": [0, 1], "tokens_of": "samples", "neighbours": "knn", **ANSWERS},
         "teacher": {"source": "teacher", "top_m": 8, "batch_blocks": 4},
         "residual": {"residual_of": "teacher", "lmbda": 0.7, "label_weight": 0.4},
         "samples": {"source": "teacher", "top_m": 8, "batch_blocks": 4}
@@ -38,7 +41,7 @@ SETTINGS = {
     "train": LOOP,
     "rows": [
         {"name": "base", "kind": "base", "seconds": 1},
-        {"name": "DAPT", "kind": "adapted", "seconds": 1},
+        {"name": "DAPT", "kind": "adapted", "seconds": 1, "repeat": True},
         {"name": "kNN-LM", "kind": "knn", "keys": "adapted", "beside": "base", "seconds": 1},
         {"name": "1 layer", "kind": "memory", "targets": "mixture", "layers": 1, "seconds": 9000}
         | {"train": TAUGHT},
@@ -49,6 +52,13 @@ SETTINGS = {
         {"name": "samples", "kind": "memory", "targets": "samples", "layers": 1, "seconds": 1}
         | {"train": TAUGHT},
         {"name": "tuned", "kind": "tuned", "seconds": 1, "train": {"epochs": 1}},
+        {"name": "LoRA", "kind": "lora", "seconds": 1, "train": {"learning_rate": 1.0e-2}}
+        | {"adapter": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}},
+        {"name": "BM25", "kind": "retrieval", "seconds": 1, "dtype": "float32"}
+        | {"stride": 8, "query_tokens": 8, "rooms": [12, 20]},
+        {"name": "DAPT of two seeds", "kind": "ensemble", "seeds": [0, 1], "seconds": 1},
+        {"name": "ensemble", "kind": "memory", "targets": "ensemble", "layers": 1, "seconds": 1}
+        | {"train": {"epochs": 2, "alpha": 0.9}},
     ],
 }
 
@@ -80,7 +90,7 @@ def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
 def test_a_limit_leaves_out_what_would_pass_it(results: tuple[dict, dict, Path]) -> None:
     names = [row["name"] for row in results[0]["rows"]]
-    assert names == ["base", "DAPT", "kNN-LM", "layer 1", "residual", "samples", "tuned"]
+    assert names == [row["name"] for row in SETTINGS["rows"] if row["seconds"] < 6000]
 
 
 def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> None:
@@ -93,7 +103,8 @@ def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> 
 def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> None:
     rows = {row["name"]: row for row in results[1]["rows"]}
     base = rows["base"]["perplexity"]["alone"]["test"]["perplexity"]
-    for name in ("DAPT", "kNN-LM", "1 layer", "residual", "samples"):
+    learned = ["DAPT", "kNN-LM", "1 layer", "residual", "samples", "LoRA", "DAPT of two seeds"]
+    for name in [*learned, "ensemble"]:
         assert rows[name]["perplexity"]["joint"]["test"]["perplexity"] < 0.9 * base
     for row in rows.values():
         for texts in row["perplexity"].values():
@@ -104,7 +115,9 @@ def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> Non
     memory = rows["1 layer"]
     assert memory["parameters"] < rows["DAPT"]["parameters"]
     assert memory["tail_gain"]["joint"] > 1
-    assert set(memory["stage_seconds"]) == {"train", "adapt", "targets"}
+    stages = {"train", "adapt", "targets", "blended", "neighbours"}
+    assert set(memory["stage_seconds"]) == stages
+    assert set(rows["ensemble"]["stage_seconds"]) == stages | {"sampled"}
     assert set(rows["samples"]["stage_seconds"]) == {"train", "adapt", "targets", "sampled"}
     assert [point["epoch"] for point in memory["curve"]] == [0, 1, 2]
 
