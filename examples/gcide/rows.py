@@ -128,6 +128,7 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
     alone = {name: scored(name, room) for name in experiment.texts}
     return {
         "parameters": 0,
+        "text_bytes": 2 * corpus.split("train").positions,  # ids in 16 bits
         "room": room,
         "tried": [{"room": one, "nll": nll} for one, nll in tried.items()],
         "base_on_head": -float(base["validation"][:head].mean()),

@@ -17,7 +17,9 @@ import torch
 import yaml
 
 from memdec.data.corpus import TokenCorpus
+from memdec.data.sources import Top
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
+from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
@@ -70,7 +72,8 @@ def run(tiny, root: Path, *more: str) -> dict:
     arguments += ["--work", root / "work", "--result", root / "result.json"]
     arguments += ["--settings", settings, "--device", "cpu", *more]
     importlib.import_module("run").main([str(one) for one in arguments])
-    return json.loads((root / "result.json").read_text())
+    path = more[more.index("--result") + 1] if "--result" in more else root / "result.json"
+    return json.loads(Path(path).read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,10 +155,60 @@ def test_the_table_has_every_row_and_goal(results: tuple[dict, dict, Path]) -> N
     )
     assert done.returncode == 0, done.stderr
     for row in SETTINGS["rows"]:
-        assert done.stdout.count(f"| {row['name']} |") == 2
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    widths = {line.count("|") for line in lines}
-    assert len(widths) == 3  # each table's rows are as wide as its head
+        assert done.stdout.count(f"\n| {row['name']} |") == 3
+    assert "± " not in done.stdout  # one seed
+    _check_widths(done.stdout)
+
+
+def _check_widths(printed: str) -> None:
+    """Each table's rows are as wide as its head."""
+    for table in printed.split("\n\n"):
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1
+
+
+def test_another_seed_runs_what_is_repeated_and_the_table_says_how_far_seeds_differ(
+    results: tuple[dict, dict, Path], tiny: ModuleType
+) -> None:
+    path = results[2].with_name("result-1.json")
+    other = run(tiny, path.parent, "--seed", "1", "--result", str(path))
+    assert [row["name"] for row in other["rows"]] == ["DAPT"]
+    values = [
+        next(row for row in result["rows"] if row["name"] == "DAPT")["perplexity"]["alone"]["test"]
+        for result in (results[1], other)
+    ]
+    first, second = (value["perplexity"] for value in values)
+    assert first != second
+    # The ensemble's second teacher is this one.
+    found = json.loads((path.parent / "work/rows-ensemble/manifest.json").read_text())
+    trained = model_fingerprint(path.parent / "work/seed-1/adapt/model")
+    assert found["inputs"]["teacher 1"] == trained
+    done = subprocess.run(
+        [sys.executable, FOLDER / "table.py", path, results[2]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    mean, deviation = (first + second) / 2, abs(first - second) / math.sqrt(2)
+    assert f"\n| DAPT | 2 | {mean:.2f} ± {deviation:.2f} |" in done.stdout
+    _check_widths(done.stdout)
+
+
+def test_a_row_that_fails_costs_no_other(
+    results: tuple[dict, dict, Path], tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(importlib.import_module("rows").ROWS, "adapted", fail)
+    path = results[2].with_name("failed.json")
+    with pytest.raises(SystemExit, match="DAPT"):
+        run(tiny, path.parent, "--row", "DAPT", "--row", "base", "--result", str(path))
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["base"]
+
+
+def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> None:
+    importlib.import_module("figures").draw(results[2], tmp_path)
+    drawn = (tmp_path / "gcide-rows.svg").read_text()
+    assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -236,3 +289,40 @@ def test_a_residual_completes_the_base_to_the_teacher() -> None:
     torch.testing.assert_close(dense, wanted / wanted.sum(1, keepdim=True))
     alike = subtract(rows, taught.log(), 1.0)  # nothing is left
     torch.testing.assert_close(alike.to_dense(4), taught)
+
+
+def test_a_blend_is_the_weighed_sum_where_there_are_neighbours() -> None:
+    blend = importlib.import_module("blended").blend
+    taught = torch.tensor([[0.6, 0.4, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0.3, 0.7]])
+    values, tokens = taught.topk(2)
+    near = torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 0, 0]])  # none of the second, no third row
+    inside = near > 0
+    indptr = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
+    rows = SparseTargets(indptr, inside.nonzero()[:, 1].int(), near[inside])
+    found = blend(Top(0, 3, values.log(), tokens, {}), rows, 0.2, None)
+    wanted = taught.clone()
+    wanted[0] = 0.8 * taught[0] + 0.2 * near[0]
+    torch.testing.assert_close(found.to_dense(4), wanted)
+
+
+def test_an_ensemble_answers_the_mean_distribution(tiny: ModuleType, tmp_path: Path) -> None:
+    models = [tiny.model, tiny.save_other_model(tmp_path / "other")]
+    tokens = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        found = importlib.import_module("blended").Ensemble.load(models)(input_ids=tokens).logits
+        members = [load_model(model)(input_ids=tokens).logits.softmax(-1) for model in models]
+    torch.testing.assert_close(found.exp(), (members[0] + members[1]) / 2)
+
+
+def test_sampling_into_reserved_memory_is_sampling(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = importlib.import_module("sampled")
+    model = load_model(tiny.model)
+    greedy = lambda logits, *_, **__: (logits.argmax(-1), None)  # noqa: E731
+    monkeypatch.setattr(sampled, "interpolate_sample", greedy)
+    found = sampled._draw(model, 0, 62, 3, 12)
+    wanted = model.generate(
+        torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert (found == wanted.numpy()).all()
