@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -106,6 +107,7 @@ class Experiment:
         return {
             "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
             **sections()["versions"],
+            **{package: _version(package) for package in ("peft", "bm25s")},
         }
 
     def adapted(self) -> str:
@@ -337,6 +339,13 @@ class Experiment:
             self.corpus.tokenizer().save_pretrained(temporary)
             temporary.rename(target)
         return str(target)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _file_name(name: str) -> str:

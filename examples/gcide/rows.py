@@ -150,9 +150,10 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
     block_size = experiment.how.block_size
     weights = {name: posterior(base[name], joint[name], block_size) for name in near}
     gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}
-    needs_teacher = setting["keys"] != "base"
+    needs_teacher = "adapted" in (setting["keys"], setting["beside"])
+    folders = [f"datastore-{setting['keys']}", *(["adapt"] if needs_teacher else [])]
     return {
-        "stage_seconds": {"datastore": experiment.seconds(f"datastore-{setting['keys']}")},
+        "stage_seconds": {folder: experiment.seconds(folder) for folder in folders},
         "parameters": load_shape(keys_model).num_parameters() if needs_teacher else 0,
         "key_bytes": experiment.key_bytes(),
         "lmbda": lmbda,
