@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
+import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from blended import Ensemble, blended_rows
 from residual import residual_targets
+from retrieval import Pieces, retrieve
 from sampled import extend_with_samples
 from scores import ScoreFile, Text
 
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
-from memdec.data.targets import TargetsConfig, TargetStore, targets
+from memdec.data.targets import SEARCHED, TargetsConfig, TargetStore, targets
 from memdec.evaluation.forward import LabelScores, label_scores
+from memdec.evaluation.knn_lm import score_neighbours
 from memdec.info import sections
 from memdec.modeling.loading import (
     compare_tokenizers,
@@ -36,7 +42,11 @@ SCORING_BLOCKS = 8
 
 
 class Experiment:
-    """One base, one domain, one folder of work.
+    """One base, one domain, one seed, one folder of work.
+
+    The seed is that of every training and sampling. What does not depend on it (the base, its scores,
+    what was retrieved) lies in the folder itself, and so does all of seed 0; another seed has a folder
+    in it.
 
     Attributes:
         how: how a text passes through a model, as :func:`memdec.evaluation.forward.label_scores`
@@ -53,10 +63,14 @@ class Experiment:
         outside: Mapping[str, str],
         work: Path,
         device: str,
+        seed: int = 0,
     ) -> None:
+        self._arguments = (settings, base, tokens, outside, work, device)
         self.settings = settings
         self.tokens = tokens
-        self.work = work
+        self.shared = work
+        self.work = work / f"seed-{seed}" if seed else work
+        self.seed = seed
         self.device = str(pick_device(device))
         self.corpus = TokenCorpus.open(tokens)
         self.outside = list(outside)
@@ -78,6 +92,12 @@ class Experiment:
         self._inputs = {name: other.fingerprint for name, other in corpora.items()}
         self._kept: dict[str, Any] = {}
 
+    def of_seed(self, seed: int) -> Experiment:
+        """The same with another seed."""
+        if seed == self.seed:
+            return self
+        return self._once(f"seed {seed}", lambda: Experiment(*self._arguments, seed))
+
     def facts(self) -> dict[str, Any]:
         """What every row shares; a result of other facts is of another experiment."""
         inputs = {"base": model_fingerprint(self.base), "tokens": self.corpus.fingerprint}
@@ -87,6 +107,7 @@ class Experiment:
             "train_tokens": self.corpus.split("train").positions,
             "held_out": {name: text.positions for name, text in self.texts.items()},
             "outside": self.outside,
+            "seed": self.seed,
         }
 
     def machine(self) -> dict[str, str]:
@@ -94,11 +115,11 @@ class Experiment:
         return {
             "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
             **sections()["versions"],
+            **{package: _version(package) for package in ("peft", "bm25s")},
         }
 
     def adapted(self) -> str:
         """The adapted teacher, which is also what plain fine-tuning gives."""
-
         return self._once("adapt", lambda: self._adapt({}, self.work / "adapt"))
 
     def tuned(self, setting: Mapping[str, Any]) -> str:
@@ -106,18 +127,32 @@ class Experiment:
         return self._adapt(setting["train"], self.folder(setting))
 
     def _adapt(self, changes: Mapping[str, Any], out: Path) -> str:
-        options = {**self._shared(), **self.settings["adapt"], **changes}
-        adapt(AdaptConfig(model=self.base, tokens=self.tokens, **options), out)
+        adapt(self._adapt_config(changes), out)
         self._free()
         return str(out / "model")
+
+    def lora(self, setting: Mapping[str, Any]) -> tuple[str, int]:
+        """The base with a row's adapter merged into it, and the adapter's number of parameters."""
+        from lora import lora  # needs peft
+
+        out = self.folder(setting)
+        parameters = lora(self._adapt_config(setting["train"]), out, setting["adapter"])
+        self._free()
+        return str(out / "model"), parameters
+
+    def _adapt_config(self, changes: Mapping[str, Any]) -> AdaptConfig:
+        placement = {"device": self.device, "block_size": self.settings["block_size"]}
+        options = {**self.settings["adapt"], **changes, **placement, "seed": self.seed}
+        return AdaptConfig(model=self.base, tokens=self.tokens, **options)
 
     def datastore(self, keys: str) -> Datastore:
         """The keys of the ``adapted`` teacher or of the ``base``."""
         out = self.work / f"datastore-{keys}"
 
         def run() -> Datastore:
-            options = {**self._shared(), **self.settings["datastore"]}
-            datastore(DatastoreConfig(model=self.model(keys), tokens=self.tokens, **options), out)
+            options = {"block_size": self.settings["block_size"], **self.settings["datastore"]}
+            options |= {"model": self.model(keys), "tokens": self.tokens, "device": self.device}
+            datastore(DatastoreConfig(**options), out)
             return Datastore.open(out, self.device)
 
         return self._once(out.name, run)
@@ -135,8 +170,11 @@ class Experiment:
                 ),
             )
         tokens = self.tokens_of(name)
-        options.pop("sampled", None)
-        if options["source"] != "teacher":
+        for sampling in ("sampled", "tokens_of"):
+            options.pop(sampling, None)
+        if "seeds" in options:
+            options = {"source": "file", "file": self._blended(name, tokens, options)}
+        if options["source"] in SEARCHED:
             options["datastore"] = self.datastore("adapted").artefact.path
         else:
             options["block_size"] = self.settings["block_size"]
@@ -149,16 +187,39 @@ class Experiment:
 
         return self._once(out.name, run)
 
+    def _blended(self, name: str, tokens: Path, options: dict[str, Any]) -> Path:
+        """Rows of several teachers, or of one, with neighbours if `options` name targets of them."""
+        options = {"max_entries": None, **options, "block_size": self.settings["block_size"]}
+        seeds = options.pop("seeds")
+        teachers = [self.of_seed(seed).adapted() for seed in self.seeds(seeds)]
+        near, lmbda = None, 0.0
+        if "neighbours" in options:
+            near = TargetStore.open(self.targets(options.pop("neighbours")))
+            lmbda = near.artefact.manifest["calibration"]["lmbda"]
+        corpus = TokenCorpus.open(tokens)
+        out = self.work / f"rows-{name}"
+        rows = blended_rows(
+            teachers, corpus, near, out, lmbda=lmbda, device=self.device, options=options
+        )
+        self._free()
+        return rows
+
+    def seeds(self, listed: Sequence[int] | str) -> list[int]:
+        """Seeds as the settings list them: numbers, or ``own``."""
+        return [self.seed] if listed == "own" else list(listed)
+
     def tokens_of(self, name: str) -> Path:
         """What the targets of that name are rows of: the train tokens, or samples too."""
-        options = self.settings["targets"][name].get("sampled")
+        targets = self.settings["targets"]
+        name = targets[name].get("tokens_of", name)
+        options = targets[name].get("sampled")
         if options is None:
             return self.tokens
         out = self.work / f"sampled-{name}"
+        options = {**options, "device": self.device, "seed": self.seed}
         teacher = self.adapted()
         return self._once(
-            out.name,
-            lambda: extend_with_samples(teacher, self.corpus, out, device=self.device, **options),
+            out.name, lambda: extend_with_samples(teacher, self.corpus, out, **options)
         )
 
     def memory(self, setting: Mapping[str, Any]) -> str:
@@ -176,6 +237,7 @@ class Experiment:
             memory_init=start,
             memory_layers=layers,
             device=self.device,
+            seed=self.seed,
             **{**self.settings["train"], **setting["train"]},
         )
         train(config, out)
@@ -189,13 +251,20 @@ class Experiment:
     def model(self, name: str) -> str:
         return {"base": lambda: self.base, "adapted": self.adapted}[name]()
 
-    def scores(self, name: str, model: str) -> dict[str, LabelScores]:
-        """The answers of a model to every text, made once; `name` is the file's."""
-        file = ScoreFile(self.work / "scores" / f"{_file_name(name)}.npz")
-        fingerprint = model_fingerprint(model)
+    def scores(self, name: str, *models: str) -> dict[str, LabelScores]:
+        """The answers of a model, or of several models' mean, to every text, made once.
+
+        `name` is the file's.
+        """
+        work = self.shared if models == (self.base,) else self.work
+        file = ScoreFile(work / "scores" / f"{_file_name(name)}.npz")
+        fingerprint = " ".join(model_fingerprint(model) for model in models)
         found = file.read(fingerprint)
         if found is None:
-            loaded = load_model(model, device=self.device)
+            if len(models) == 1:
+                loaded = load_model(*models, device=self.device)
+            else:
+                loaded = Ensemble.load(models, device=self.device)
             found = {
                 name: label_scores(
                     loaded, text.stream, positions=text.positions, with_confidence=True, **self.how
@@ -204,6 +273,36 @@ class Experiment:
             }
             file.write(fingerprint, found)
         return found
+
+    def near(self, keys: str, k: int, temperature: float) -> dict[str, np.ndarray]:
+        """Log p(label) among the nearest keys by text; rows at one temperature share a search."""
+
+        def run() -> dict[str, np.ndarray]:
+            store = self.datastore(keys)
+            dtype = store.artefact.manifest["params"]["dtype"]  # queries as the keys were made
+            model = load_model(self.model(keys), device=self.device, dtype=dtype)
+            options = {"k": k, "temperature": temperature, **self.how}
+            return {
+                name: score_neighbours(
+                    model, text.stream, store, positions=text.positions, **options
+                )
+                for name, text in self.texts.items()
+            }
+
+        return self._once(f"near {keys} {k} {temperature}", run)
+
+    def retrieved(self, stride: int, query_tokens: int) -> dict[str, Pieces]:
+        """Train entries found for every text by BM25."""
+        inputs = {"tokens": self.corpus.fingerprint, **self._inputs}
+        return retrieve(
+            self.corpus,
+            self.texts,
+            self.shared / "retrieved",
+            inputs,
+            block_size=self.settings["block_size"],
+            stride=stride,
+            query_tokens=query_tokens,
+        )
 
     def key_bytes(self) -> int:
         """Of a datastore of the train tokens, its keys in 16 bits."""
@@ -218,9 +317,6 @@ class Experiment:
         """A row a validation of a training."""
         curve: list[dict[str, float]] = json.loads((self.work / folder / "curve.json").read_text())
         return curve
-
-    def _shared(self) -> dict[str, Any]:
-        return {"block_size": self.settings["block_size"], "device": self.device}
 
     def _once(self, name: str, run: Callable[[], Any]) -> Any:
         if name not in self._kept:
@@ -239,12 +335,13 @@ class Experiment:
         """A .gguf file as a model directory, which loads in a second instead of twenty."""
         if not base.endswith(".gguf"):
             return base
-        target = self.work / "base"
+        target = self.shared / "base"
         if not target.is_dir():
-            temporary = target.with_suffix(".tmp")
+            temporary = target.with_suffix(f".{os.getpid()}.tmp")
             load_model(base).save_pretrained(temporary)
             load_tokenizer(base).save_pretrained(temporary)
-            temporary.rename(target)
+            if not target.is_dir():  # another seed's run may have been faster
+                temporary.rename(target)
         return str(target)
 
     def _chosen_layers(self, setting: Mapping[str, Any]) -> str:
@@ -257,6 +354,13 @@ class Experiment:
             self.corpus.tokenizer().save_pretrained(temporary)
             temporary.rename(target)
         return str(target)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _file_name(name: str) -> str:

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from experiment import Experiment
 from measures import function_words, mean_change, median_gain, perplexity, rarest_decile
+from retrieval import documents, score_retrieved
 
 from memdec.data.calibration import choose, teacher_forced
 from memdec.data.datastore import Datastore
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
-from memdec.evaluation.knn_lm import score_neighbours
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import load_model, load_shape
 
 KNN_K = 512
 CALIBRATION = 8192  # positions of validation on which a temperature is chosen
+HEAD = 16384  # positions of validation on which the room for retrieved entries is chosen
 
 Setting = Mapping[str, Any]
 Row = dict[str, Any]
@@ -52,16 +53,91 @@ def tuned_row(experiment: Experiment, setting: Setting) -> Row:
     } | _model_row(experiment, setting, model)
 
 
+def lora_row(experiment: Experiment, setting: Setting) -> Row:
+    """The base with an adapter merged into it; the parameters are the adapter's."""
+    model, parameters = experiment.lora(setting)
+    folder = experiment.folder(setting)
+    return {
+        "stage_seconds": {"train": experiment.seconds(folder)},
+        "curve": experiment.curve(folder),
+    } | _model_row(experiment, setting, model, parameters=parameters)
+
+
+def ensemble_row(experiment: Experiment, setting: Setting) -> Row:
+    """The mean of the adapted teachers of several seeds, which a memory may learn."""
+    seeds = [experiment.of_seed(seed) for seed in setting["seeds"]]
+    models = [one.adapted() for one in seeds]
+    seconds = sum(one.seconds("adapt") for one in seeds)
+    return {"stage_seconds": {"train": seconds}} | _model_row(experiment, setting, *models)
+
+
 def memory_row(experiment: Experiment, setting: Setting) -> Row:
     model = experiment.memory(setting)
-    folders = {"train": experiment.folder(setting), "adapt": "adapt"}
-    folders["targets"] = f"targets-{setting['targets']}"
-    if (samples := experiment.tokens_of(setting["targets"])) != experiment.tokens:
-        folders["sampled"] = samples
+    folder = experiment.folder(setting)
     return {
-        "stage_seconds": {stage: experiment.seconds(folder) for stage, folder in folders.items()},
-        "curve": experiment.curve(folders["train"]),
+        "stage_seconds": {
+            "train": experiment.seconds(folder),
+            **_seconds_before(experiment, setting),
+        },
+        "curve": experiment.curve(folder),
     } | _model_row(experiment, setting, model)
+
+
+def _seconds_before(experiment: Experiment, setting: Setting) -> dict[str, float]:
+    """Of all that the training of a memory needed; the labels alone need a start, and no targets."""
+    name = setting["targets"]
+    options = experiment.settings["targets"][name]
+    seconds = {"adapt": experiment.seconds("adapt")}
+    if setting["train"]["alpha"] > 0:
+        seconds["targets"] = experiment.seconds(f"targets-{name}")
+        if "seeds" in options:
+            others = [experiment.of_seed(seed) for seed in experiment.seeds(options["seeds"])]
+            seconds["adapt"] = sum(other.seconds("adapt") for other in others)
+            seconds["blended"] = experiment.seconds(f"rows-{name}")
+        if "neighbours" in options:
+            seconds["neighbours"] = experiment.seconds(f"targets-{options['neighbours']}")
+    if (samples := experiment.tokens_of(name)) != experiment.tokens:
+        seconds["sampled"] = experiment.seconds(samples)
+    return seconds
+
+
+def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
+    """The base with train entries in its context; the room for them is chosen on validation."""
+    base = _label_scores(experiment.scores("base", experiment.base))
+    found = experiment.retrieved(setting["stride"], setting["query_tokens"])
+    corpus, how = experiment.corpus, experiment.how
+    model = load_model(experiment.base, device=experiment.device, dtype=setting["dtype"])
+    entries = documents(corpus.split("train"), corpus.separator_id)
+
+    def scored(name: str, room: int, positions: int | None = None) -> np.ndarray:
+        text, pieces = experiment.texts[name], found[name]
+        if positions is not None:
+            text, pieces = text.head(positions), pieces.head(positions)
+        return score_retrieved(
+            model,
+            text,
+            pieces,
+            entries,
+            base[name][: text.positions],
+            separator=corpus.separator_id,
+            vocab_size=corpus.vocab_size,
+            block_size=how["block_size"],
+            room=room,
+            description=f"retrieval: {name}, {room} tokens",
+        )
+
+    head = min(HEAD, len(base["validation"]))
+    tried = {room: -float(scored("validation", room, head).mean()) for room in setting["rooms"]}
+    room = min(tried, key=lambda one: tried[one])
+    alone = {name: scored(name, room) for name in experiment.texts}
+    return {
+        "parameters": 0,
+        "text_bytes": 2 * corpus.split("train").positions,  # ids in 16 bits
+        "room": room,
+        "tried": [{"room": one, "nll": nll} for one, nll in tried.items()],
+        "base_on_head": -float(base["validation"][:head].mean()),
+        "perplexity": {"alone": _perplexities(experiment, alone)},
+    }
 
 
 def knn_row(experiment: Experiment, setting: Setting) -> Row:
@@ -74,20 +150,7 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
     base = _label_scores(experiment.scores("base", experiment.base))
     k = min(KNN_K, store.size)
     temperature = _temperature(experiment, store, keys_model, beside["validation"], k)
-    dtype = store.artefact.manifest["params"]["dtype"]  # queries as the keys were made
-    model = load_model(keys_model, device=experiment.device, dtype=dtype)
-    near = {
-        name: score_neighbours(
-            model,
-            text.stream,
-            store,
-            k=k,
-            temperature=temperature,
-            positions=text.positions,
-            **experiment.how,
-        )
-        for name, text in experiment.texts.items()
-    }
+    near = experiment.near(setting["keys"], k, temperature)
     lmbda, _ = best_lmbda(beside["validation"], near["validation"])
     joint = {name: mix_log_probs(beside[name], near[name], lmbda) for name in near}
     block_size = experiment.how["block_size"]
@@ -96,10 +159,11 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
         for name, text in experiment.texts.items()
     }
     gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}
-    needs_teacher = setting["keys"] != "base"
+    needs_teacher = "adapted" in (setting["keys"], setting["beside"])
+    folders = [f"datastore-{setting['keys']}", *(["adapt"] if needs_teacher else [])]
     return {
-        "stage_seconds": {"datastore": experiment.seconds(f"datastore-{setting['keys']}")},
-        "parameters": model.num_parameters() if needs_teacher else 0,
+        "stage_seconds": {folder: experiment.seconds(folder) for folder in folders},
+        "parameters": load_shape(keys_model).num_parameters() if needs_teacher else 0,
         "key_bytes": experiment.key_bytes(),
         "lmbda": lmbda,
         "temperature": temperature,
@@ -117,15 +181,20 @@ ROWS: dict[str, Callable[[Experiment, Setting], Row]] = {
     "base": base_row,
     "adapted": adapted_row,
     "tuned": tuned_row,
+    "lora": lora_row,
+    "ensemble": ensemble_row,
+    "retrieval": retrieval_row,
     "memory": memory_row,
     "knn": knn_row,
 }
 
 
-def _model_row(experiment: Experiment, setting: Setting, model: str) -> Row:
-    """A model alone, beside the base at the best lmbda, and at the gate's."""
+def _model_row(
+    experiment: Experiment, setting: Setting, *models: str, parameters: int | None = None
+) -> Row:
+    """A model, or several's mean, alone, beside the base at the best lmbda, and at the gate's."""
     base = experiment.scores("base", experiment.base)
-    scores = experiment.scores(_scores_name(setting), model)
+    scores = experiment.scores(_scores_name(setting), *models)
     alone, labels = _label_scores(scores), _label_scores(base)
     lmbda, _ = best_lmbda(labels["validation"], alone["validation"])
     block_size = experiment.how["block_size"]
@@ -137,7 +206,8 @@ def _model_row(experiment: Experiment, setting: Setting, model: str) -> Row:
     }
     joint = {name: mix_log_probs(labels[name], alone[name], lmbda) for name in scores}
     gated = {name: mix_log_probs(labels[name], alone[name], weights[name]) for name in scores}
-    parameters = load_shape(model).num_parameters()
+    if parameters is None:
+        parameters = sum(load_shape(model).num_parameters() for model in models)
     return {
         "parameters": parameters,
         "keys_to_weights": experiment.key_bytes() / (2 * parameters),

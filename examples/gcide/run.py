@@ -6,11 +6,13 @@
         --test-fraction 0.25 --out wordnet
     python examples/gcide/run.py --base SmolLM2.gguf --tokens gcide --outside WordNet=wordnet \\
         --work work --result result.json --minutes 9
-    python examples/gcide/table.py result.json
+    python examples/gcide/run.py ... --seed 1 --result result-1.json
+    python examples/gcide/table.py result.json result-1.json
 
 Rows come in the order of settings.yaml; each is written to the result when it is done, and a run that
 starts again with the same arguments goes on after it. Every choice is made on validation; the table
-reports test, and text outside the domain at the same settings.
+reports test, and text outside the domain at the same settings. Seeds other than 0 have a teacher of
+their own and run the rows marked `repeat`; they may run at the same time in the same folder of work.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import json
 import os
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = yaml.safe_load(options.settings.read_text())
     outside = dict(text.split("=", 1) for text in options.outside)
     experiment = Experiment(
-        settings, options.base, options.tokens, outside, options.work, options.device
+        settings,
+        options.base,
+        options.tokens,
+        outside,
+        options.work,
+        options.device,
+        options.seed,
     )
     result = _open_result(options.result, experiment)
     done = {row["name"]: row for row in result["rows"]}
+    failed = []
     for setting in settings["rows"]:
         name = setting["name"]
+        if options.row and name not in options.row:
+            continue
+        if options.seed and not setting.get("repeat", False):
+            continue
         if name in done and done[name]["setting"] == setting:
             say(f"{name}: already done")
             continue
@@ -50,7 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.minutes is not None and before + setting["seconds"] > 60 * options.minutes:
             say(f"{name}: left out, {setting['seconds']} s more would pass the limit")
             continue
-        row = ROWS[setting["kind"]](experiment, setting)
+        try:
+            row = ROWS[setting["kind"]](experiment, setting)
+        except Exception:  # must not cost the rows after it their time
+            traceback.print_exc()
+            failed.append(name)
+            continue
         total = time.monotonic() - start
         seconds = total - before
         done[name] = {"name": name, "setting": setting, "seconds": seconds, **row}
@@ -58,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["rows"] = [done[one] for one in known if one in done]
         _write(options.result, result)
         say(f"{name}: {seconds:.0f} s, {total:.0f} s in all")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def _open_result(path: Path, experiment: Experiment) -> dict[str, Any]:
@@ -93,6 +114,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="stages and scores; some 20 GB")
     parser.add_argument("--result", type=Path, required=True, help="JSON to write or to go on with")
     parser.add_argument("--settings", type=Path, default=Path(__file__).with_name("settings.yaml"))
+    parser.add_argument("--seed", type=int, default=0, help="of trainings and samples")
+    parser.add_argument("--row", action="append", default=[], help="run this one; repeatable")
     parser.add_argument("--minutes", type=float, help="start no row that would end after so long")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(arguments)

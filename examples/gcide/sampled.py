@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from memdec.console import Progress
 from memdec.data.artefact import stage
 from memdec.data.corpus import KIND, SHARD_TOKENS, SPLITS, TokenCorpus
 from memdec.data.stream_writer import StreamWriter
+from memdec.modeling.cache import CACHE
 from memdec.modeling.loading import load_model, model_fingerprint
+from memdec.ops import interpolate_sample
 
 
 def extend_with_samples(
@@ -86,10 +88,33 @@ def _draw(
 ) -> np.ndarray:
     """Contexts that begin with a separator, int32 [batch, 1 + length]."""
     tokens = torch.full((batch, 1 + length), separator, device=model.device)
-    cache = None
+    layers = model.config.get_text_config().num_hidden_layers
+    cache = {CACHE: Cache(layers=[_Reserved(length) for _ in range(layers)])}
     for step in range(length):
-        answer = model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
-        cache = answer.past_key_values
-        probs = answer.logits[:, -1, :vocab_size].float().softmax(dim=1)
-        tokens[:, step + 1] = torch.multinomial(probs, 1)[:, 0]
+        logits = model(input_ids=tokens[:, step : step + 1], use_cache=True, **cache).logits[:, -1]
+        # One model beside itself is that model: the draw reads its logits once, writes no softmax.
+        tokens[:, step + 1], _ = interpolate_sample(logits, logits, 0.0, vocab_size=vocab_size)
     return tokens.to("cpu", torch.int32).numpy()
+
+
+class _Reserved(DynamicLayer):
+    """A layer of a cache whose memory is taken at once: one that grows is copied at every token."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            batch, heads, _, width = key_states.shape
+            shape = (2, batch, heads, self.length, width)
+            self._room = key_states.new_empty(shape)
+        stop = start + key_states.shape[-2]
+        self._room[0, :, :, start:stop] = key_states
+        self._room[1, :, :, start:stop] = value_states
+        self.keys, self.values = self._room[:, :, :, :stop]
+        return self.keys, self.values

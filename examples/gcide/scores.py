@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ class Text:
     @property
     def labels(self) -> np.ndarray:
         return self.stream.read(1, self.positions + 1)
+
+    def head(self, positions: int) -> Text:
+        return Text(self.stream, min(positions, self.positions))
 
 
 class ScoreFile:
@@ -50,6 +54,6 @@ class ScoreFile:
             for field, array in vars(one).items()
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp.npz")
+        temporary = self.path.with_suffix(f".{os.getpid()}.npz")  # seeds share the base's
         np.savez(temporary, model=np.array(fingerprint), **arrays)
         temporary.replace(self.path)

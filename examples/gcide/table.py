@@ -1,13 +1,17 @@
-"""Prints the tables of a result of run.py: the rows, and how far the goals are.
+"""Prints the tables of results of run.py: the rows, their cost, and how far the goals are.
 
-python examples/gcide/table.py examples/gcide/results/*.json
+    python examples/gcide/table.py examples/gcide/results/*.json
+
+Results that differ in their seed alone are one: the tables are those of the least seed, and one more
+gives mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,27 @@ Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def tables(path: Path) -> str:
-    result = json.loads(path.read_text())
-    rows = {row["name"]: row for row in result["rows"]}
-    return "\n".join(
-        [_head(result), "", *_main(rows), "", *_outside(result, rows), "", *_goals(result)]
+def tables(paths: Iterable[Path]) -> str:
+    """The tables of every experiment, in the order of its first result."""
+    experiments: dict[str, list[Result]] = {}
+    for path in paths:
+        result = json.loads(path.read_text())
+        shared = [result[fact] for fact in ("inputs", "settings", "train_tokens", "held_out")]
+        experiments.setdefault(json.dumps(shared, sort_keys=True), []).append(result)
+    return "\n\n".join(
+        _tables(sorted(results, key=lambda result: result.get("seed", 0)))
+        for results in experiments.values()
     )
+
+
+def _tables(results: Sequence[Result]) -> str:
+    """Of one experiment's results, by seed."""
+    result = results[0]
+    rows = {row["name"]: row for row in result["rows"]}
+    parts = [[_head(result)], _main(rows), _cost(rows), _outside(result, rows)]
+    if len(results) > 1:
+        parts.append(_seeds(results))
+    return "\n\n".join("\n".join(part) for part in [*parts, _goals(result)])
 
 
 def _head(result: Result) -> str:
@@ -32,21 +51,54 @@ def _head(result: Result) -> str:
 
 
 def _main(rows: Mapping[str, Row]) -> Iterator[str]:
-    yield "| | alone | joint | 95 % interval | lmbda | joint, lmbda a token | 95 % interval | weights | training s | stages before, s | keys / weights |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    """Perplexity on the test split."""
+    yield "| | alone | 95 % interval | joint | 95 % interval | lmbda | joint, lmbda a token | 95 % interval |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, row in rows.items():
         cells = [
             _perplexity(row, "alone"),
+            _interval(row, "alone"),
             _perplexity(row, "joint"),
             _interval(row, "joint"),
             _number(row.get("lmbda")),
             _perplexity(row, "gated"),
             _interval(row, "gated"),
-            f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "",
-            *_seconds(row),
-            _number(row.get("keys_to_weights"), 1),
         ]
         yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _cost(rows: Mapping[str, Row]) -> Iterator[str]:
+    """What a row needs beside the base, and the GPU's seconds that went into it."""
+    yield "| | weights | MB in 16 bits | keys / weights | training s | stages before, s |"
+    yield "|---|---|---|---|---|---|"
+    for name, row in rows.items():
+        kept = 2 * row["parameters"] + row.get("key_bytes", 0) + row.get("text_bytes", 0)
+        cells = [
+            f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "",
+            f"{kept / 1e6:,.0f}" if kept else "",
+            _number(row.get("keys_to_weights"), 1),
+            *_seconds(row),
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _seeds(results: Sequence[Result]) -> Iterator[str]:
+    """Mean and standard deviation of the perplexity of rows that several seeds have."""
+    columns = [("alone", "test"), ("joint", "test"), ("gated", "test")]
+    columns += [("gated", text) for text in results[0]["outside"]]
+    heads = ["alone", "joint", "lmbda a token"]
+    heads += [f"{text}: lmbda a token" for text in results[0]["outside"]]
+    yield f"| | seeds | {' | '.join(heads)} |"
+    yield "|---" * (2 + len(heads)) + "|"
+    for name in [row["name"] for row in results[0]["rows"]]:
+        found = [row for result in results for row in result["rows"] if row["name"] == name]
+        if len(found) > 1:
+            cells = [_spread([_value(row, how, text) for row in found]) for how, text in columns]
+            yield f"| {name} | {len(found)} | {' | '.join(cells)} |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def _outside(result: Result, rows: Mapping[str, Row]) -> Iterator[str]:
@@ -126,8 +178,8 @@ def _perplexity(row: Row, how: str, text: str = "test") -> str:
 
 
 def _interval(row: Row, how: str) -> str:
-    found = row["perplexity"].get(how, {}).get("test")
-    return "" if found is None else " to ".join(_number(end) for end in found["interval"])
+    found = row["perplexity"].get(how, {}).get("test") or {"interval": None}
+    return " to ".join(_number(end) for end in found["interval"] or ())
 
 
 def _number(value: float | None, digits: int = 2, missing: str = "") -> str:
@@ -135,4 +187,4 @@ def _number(value: float | None, digits: int = 2, missing: str = "") -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables(Path(name)) for name in sys.argv[1:]))
+    print(tables(Path(name) for name in sys.argv[1:]))

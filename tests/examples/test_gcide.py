@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,18 +17,23 @@ import torch
 import yaml
 
 from memdec.data.corpus import TokenCorpus
+from memdec.data.sources import Top
+from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
 LOOP = {"batch_blocks": 4, "gradient_accumulation": 1, "learning_rate": 3.0e-3}
 TAUGHT = {"epochs": 2, "alpha": 0.5}
+ANSWERS = {"top_m": 8, "batch_blocks": 4, "dtype": "float32"}
 SETTINGS = {
     "block_size": 32,
     "positions": 400,
     "adapt": {**LOOP, "epochs": 3},
     "datastore": {"index": "Flat"},
     "targets": {
-        "mixture": {"source": "mixture", "k": 16, "top_m": 8, "batch_blocks": 4},
+        "knn": {"source": "knn", "k": 16},
+        "mixture": {"seeds": "own", "neighbours": "knn", **ANSWERS},
+        "ensemble": {"seeds": [0, 1], "tokens_of": "samples", "neighbours": "knn", **ANSWERS},
         "teacher": {"source": "teacher", "top_m": 8, "batch_blocks": 4},
         "residual": {"residual_of": "teacher", "lmbda": 0.7, "label_weight": 0.4},
         "samples": {"source": "teacher", "top_m": 8, "batch_blocks": 4}
@@ -36,7 +42,7 @@ SETTINGS = {
     "train": LOOP,
     "rows": [
         {"name": "base", "kind": "base", "seconds": 1},
-        {"name": "DAPT", "kind": "adapted", "seconds": 1},
+        {"name": "DAPT", "kind": "adapted", "seconds": 1, "repeat": True},
         {"name": "kNN-LM", "kind": "knn", "keys": "adapted", "beside": "base", "seconds": 1},
         {"name": "1 layer", "kind": "memory", "targets": "mixture", "layers": 1, "seconds": 9000}
         | {"train": TAUGHT},
@@ -47,6 +53,13 @@ SETTINGS = {
         {"name": "samples", "kind": "memory", "targets": "samples", "layers": 1, "seconds": 1}
         | {"train": TAUGHT},
         {"name": "tuned", "kind": "tuned", "seconds": 1, "train": {"epochs": 1}},
+        {"name": "LoRA", "kind": "lora", "seconds": 1, "train": {"learning_rate": 1.0e-2}}
+        | {"adapter": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"}},
+        {"name": "BM25", "kind": "retrieval", "seconds": 1, "dtype": "float32"}
+        | {"stride": 8, "query_tokens": 8, "rooms": [12, 20]},
+        {"name": "DAPT of two seeds", "kind": "ensemble", "seeds": [0, 1], "seconds": 1},
+        {"name": "ensemble", "kind": "memory", "targets": "ensemble", "layers": 1, "seconds": 1}
+        | {"train": {"epochs": 2, "alpha": 0.9}},
     ],
 }
 
@@ -58,7 +71,8 @@ def run(tiny, root: Path, *more: str) -> dict:
     arguments += ["--work", root / "work", "--result", root / "result.json"]
     arguments += ["--settings", settings, "--device", "cpu", *more]
     importlib.import_module("run").main([str(one) for one in arguments])
-    return json.loads((root / "result.json").read_text())
+    path = more[more.index("--result") + 1] if "--result" in more else root / "result.json"
+    return json.loads(Path(path).read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +92,7 @@ def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
 def test_a_limit_leaves_out_what_would_pass_it(results: tuple[dict, dict, Path]) -> None:
     names = [row["name"] for row in results[0]["rows"]]
-    assert names == ["base", "DAPT", "kNN-LM", "layer 1", "residual", "samples", "tuned"]
+    assert names == [row["name"] for row in SETTINGS["rows"] if row["seconds"] < 6000]
 
 
 def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> None:
@@ -91,7 +105,8 @@ def test_a_second_run_adds_what_is_missing(results: tuple[dict, dict, Path]) -> 
 def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> None:
     rows = {row["name"]: row for row in results[1]["rows"]}
     base = rows["base"]["perplexity"]["alone"]["test"]["perplexity"]
-    for name in ("DAPT", "kNN-LM", "1 layer", "residual", "samples"):
+    learned = ["DAPT", "kNN-LM", "1 layer", "residual", "samples", "LoRA", "DAPT of two seeds"]
+    for name in [*learned, "ensemble"]:
         assert rows[name]["perplexity"]["joint"]["test"]["perplexity"] < 0.9 * base
     for row in rows.values():
         for texts in row["perplexity"].values():
@@ -102,7 +117,9 @@ def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> Non
     memory = rows["1 layer"]
     assert memory["parameters"] < rows["DAPT"]["parameters"]
     assert memory["tail_gain"]["joint"] > 1
-    assert set(memory["stage_seconds"]) == {"train", "adapt", "targets"}
+    stages = {"train", "adapt", "targets", "blended", "neighbours"}
+    assert set(memory["stage_seconds"]) == stages
+    assert set(rows["ensemble"]["stage_seconds"]) == stages | {"sampled"}
     assert set(rows["samples"]["stage_seconds"]) == {"train", "adapt", "targets", "sampled"}
     assert [point["epoch"] for point in memory["curve"]] == [0, 1, 2]
 
@@ -137,10 +154,60 @@ def test_the_table_has_every_row_and_goal(results: tuple[dict, dict, Path]) -> N
     )
     assert done.returncode == 0, done.stderr
     for row in SETTINGS["rows"]:
-        assert done.stdout.count(f"| {row['name']} |") == 2
-    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    widths = {line.count("|") for line in lines}
-    assert len(widths) == 3  # each table's rows are as wide as its head
+        assert done.stdout.count(f"\n| {row['name']} |") == 3
+    assert "± " not in done.stdout  # one seed
+    _check_widths(done.stdout)
+
+
+def _check_widths(printed: str) -> None:
+    """Each table's rows are as wide as its head."""
+    for table in printed.split("\n\n"):
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1
+
+
+def test_another_seed_runs_what_is_repeated_and_the_table_says_how_far_seeds_differ(
+    results: tuple[dict, dict, Path], tiny: ModuleType
+) -> None:
+    path = results[2].with_name("result-1.json")
+    other = run(tiny, path.parent, "--seed", "1", "--result", str(path))
+    assert [row["name"] for row in other["rows"]] == ["DAPT"]
+    values = [
+        next(row for row in result["rows"] if row["name"] == "DAPT")["perplexity"]["alone"]["test"]
+        for result in (results[1], other)
+    ]
+    first, second = (value["perplexity"] for value in values)
+    assert first != second
+    # The ensemble's second teacher is this one.
+    found = json.loads((path.parent / "work/rows-ensemble/manifest.json").read_text())
+    trained = model_fingerprint(path.parent / "work/seed-1/adapt/model")
+    assert found["inputs"]["teacher 1"] == trained
+    done = subprocess.run(
+        [sys.executable, FOLDER / "table.py", path, results[2]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    mean, deviation = (first + second) / 2, abs(first - second) / math.sqrt(2)
+    assert f"\n| DAPT | 2 | {mean:.2f} ± {deviation:.2f} |" in done.stdout
+    _check_widths(done.stdout)
+
+
+def test_a_row_that_fails_costs_no_other(
+    results: tuple[dict, dict, Path], tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(importlib.import_module("rows").ROWS, "adapted", fail)
+    path = results[2].with_name("failed.json")
+    with pytest.raises(SystemExit, match="DAPT"):
+        run(tiny, path.parent, "--row", "DAPT", "--row", "base", "--result", str(path))
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["base"]
+
+
+def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> None:
+    importlib.import_module("figures").draw(results[2], tmp_path)
+    drawn = (tmp_path / "gcide-rows.svg").read_text()
+    assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,3 +233,40 @@ def test_a_residual_completes_the_base_to_the_teacher() -> None:
     torch.testing.assert_close(dense, wanted / wanted.sum(1, keepdim=True))
     alike = subtract(rows, taught.log(), 1.0)  # nothing is left
     torch.testing.assert_close(alike.to_dense(4), taught)
+
+
+def test_a_blend_is_the_weighed_sum_where_there_are_neighbours() -> None:
+    blend = importlib.import_module("blended").blend
+    taught = torch.tensor([[0.6, 0.4, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0.3, 0.7]])
+    values, tokens = taught.topk(2)
+    near = torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 0, 0]])  # none of the second, no third row
+    inside = near > 0
+    indptr = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
+    rows = SparseTargets(indptr, inside.nonzero()[:, 1].int(), near[inside])
+    found = blend(Top(0, 3, values.log(), tokens, {}), rows, 0.2, None)
+    wanted = taught.clone()
+    wanted[0] = 0.8 * taught[0] + 0.2 * near[0]
+    torch.testing.assert_close(found.to_dense(4), wanted)
+
+
+def test_an_ensemble_answers_the_mean_distribution(tiny: ModuleType, tmp_path: Path) -> None:
+    models = [tiny.model, tiny.save_other_model(tmp_path / "other")]
+    tokens = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        found = importlib.import_module("blended").Ensemble.load(models)(input_ids=tokens).logits
+        members = [load_model(model)(input_ids=tokens).logits.softmax(-1) for model in models]
+    torch.testing.assert_close(found.exp(), (members[0] + members[1]) / 2)
+
+
+def test_sampling_into_reserved_memory_is_sampling(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = importlib.import_module("sampled")
+    model = load_model(tiny.model)
+    greedy = lambda logits, *_, **__: (logits.argmax(-1), None)  # noqa: E731
+    monkeypatch.setattr(sampled, "interpolate_sample", greedy)
+    found = sampled._draw(model, 0, 62, 3, 12)
+    wanted = model.generate(
+        torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    assert (found == wanted.numpy()).all()
