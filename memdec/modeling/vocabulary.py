@@ -75,7 +75,7 @@ def _spellings(
     """For each new id the old ids that spell it; none where it has no text of its own."""
     known = source.get_vocab()
     tokens: dict[int, str] = {index: token for token, index in target.get_vocab().items()}
-    spelled = []
+    spelled: list[list[int]] = []
     for index in range(width):
         if index not in tokens:
             spelled.append([])
