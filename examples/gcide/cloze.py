@@ -9,8 +9,10 @@ lm-eval's acc and acc_norm are. The same models through lm-eval itself: harness.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,11 +91,16 @@ class Sequences:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--questions", type=int, default=QUESTIONS, help="a task and text at most")
+    options.add_argument("--write", type=Path, help="folder for the questions, as harness.py reads")
     options = options.parse_args(arguments)
     experiment = open_experiment(options)
     questions = ask(experiment, options.questions)
     for (text, task), found in questions.items():
         say(f"{text}, {task}: {len(found)} questions")
+        if options.write is not None:
+            options.write.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(vars(one)) + "\n" for one in found]
+            (options.write / f"{text}-{task}.jsonl".replace(" ", "-")).write_text("".join(lines))
     every = [one for found in questions.values() for one in found]
     corpus = experiment.corpus
     sequences = Sequences.of(every, corpus.tokenizer(), corpus.separator_id)

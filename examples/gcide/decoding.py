@@ -261,15 +261,17 @@ class StaticLoop:
             StaticCache(config=model.config, max_cache_len=prompts.shape[1] + room)
             for model in self.models
         ]
+        if prompts.is_cuda:
+            self._beside = torch.cuda.Stream()
         self._run(prompts)  # makes the caches' tensors
         if not prompts.is_cuda:
             return
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what is set up at first use must not be captured
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is set up at first use must not be captured
             for _ in range(3):
                 self._advance()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._advance()
@@ -292,12 +294,12 @@ class StaticLoop:
 
         if len(self.models) == 1 or not tokens.is_cuda:
             return [one(*pair) for pair in zip(self.models, self._caches, strict=True)]
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
+        here = torch.cuda.current_stream()
+        self._beside.wait_stream(here)
+        with torch.cuda.stream(self._beside):
             memory = one(self.models[1], self._caches[1])
         base = one(self.models[0], self._caches[0])
-        here.wait_stream(beside)
+        here.wait_stream(self._beside)
         return [base, memory]
 
     def _pick(self, logits: list[Tensor]) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,11 +260,13 @@ def test_a_memory_moves_to_another_tokenizer(place: Place) -> None:
 
 def test_every_contender_is_timed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ("--prompt", "8", "--retrieved", "16", "--new", "4", "--repeats", "1")
+    module = importlib.import_module("decoding")
+    monkeypatch.setattr(module, "BATCHES", (1, 2))
     result = place.run("decoding", *sizes)
     rows = result["decoding"]["rows"]
     assert {(row["path"], row["name"], row["batch"]) for row in rows} == {
         (path, name, batch)
-        for batch in (1, 32)
+        for batch in (1, 2)
         for path, names in {
             "generate": ("base", "in-context retrieval", "base and memory"),
             "loop": ("base", "in-context retrieval", "base and memory", "kNN-LM"),
@@ -271,7 +275,6 @@ def test_every_contender_is_timed(place: Place, monkeypatch: pytest.MonkeyPatch)
         for name in names
     }
     assert all(row["first"] > 0 for row in rows)
-    module = importlib.import_module("decoding")
     tiny = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1}
     tiny |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     monkeypatch.setattr(module, "QWEN_7B", module.QWEN_7B | tiny)
@@ -297,3 +300,33 @@ def test_every_path_makes_the_same_tokens(place: Place) -> None:
         assert torch.equal(module.looping(model)(tokens, 6), wanted)
         assert torch.equal(static(tokens, 6), wanted)
         assert torch.equal(static(tokens, 6), wanted)  # the caches start anew
+
+
+def test_the_tables_have_every_row(place: Place, cloze: dict) -> None:
+    result = place.root / "parts.json"
+    done = subprocess.run(
+        [sys.executable, FOLDER / "part_tables.py", result], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(result.read_text())
+    for task in cloze["tasks"]:
+        assert done.stdout.count(f"| {task['task']} | {task['questions']} |") >= 2
+    for name in parts.keys() & {"bases", "transfer"}:
+        for row in parts[name]["rows"]:
+            assert f"| {row['name']} |" in done.stdout
+    tables = done.stdout.split("\n\n")
+    for table in tables:
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in rows}) <= 1
+
+
+def test_lm_eval_takes_the_pair_and_the_questions(
+    place: Place, cloze: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    place.run("cloze", "--questions", "30", "--write", str(place.root / "questions"))
+    arguments = ["--base", place.base, "--memory", place.root / "work" / "train-2-layers"]
+    arguments += ["--tasks", place.root / "questions" / "test-definition.jsonl"]
+    arguments += ["--max-length", 256, "--device", "cpu"]
+    importlib.import_module("harness").main([str(one) for one in arguments])
+    assert capsys.readouterr().out.count("test-definition") == 2
