@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from experiment import Experiment
 from measures import perplexity
-from part import memory_setting, open_experiment, parser, write_part
+from part import held_out, memory_setting, open_experiment, parser, write_part
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from memdec.console import say
-from memdec.evaluation.forward import label_scores
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.key_layer import find_blocks
 from memdec.modeling.loading import load_model
@@ -37,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = open_experiment(options)
     path = experiment.memory(memory_setting(experiment, options.memory))
     memory = _log_probs(experiment, load_model(path, device=experiment.device))
+    block_size, test = experiment.settings["block_size"], experiment.texts["test"]
     rows = []
     for name, make in variants(experiment):
         base = _log_probs(experiment, make())
         lmbda, _ = best_lmbda(base["validation"], memory["validation"])
         joint = mix_log_probs(base["test"], memory["test"], lmbda)
         found = {
-            how: perplexity(values, experiment.texts["test"], experiment.how.block_size)
+            how: perplexity(values, test, block_size)
             for how, values in (("alone", base["test"]), ("joint", joint))
         }
         rows.append({"name": name, "lmbda": lmbda, **found})
@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = {
         "memory": options.memory,
         "group": GROUP,
-        "memory_alone": perplexity(
-            memory["test"], experiment.texts["test"], experiment.how.block_size
-        ),
+        "memory_alone": perplexity(memory["test"], test, block_size),
         "rows": rows,
     }
     write_part(options.result, "bases", experiment, part)
@@ -102,16 +100,10 @@ def round_weights(model: PreTrainedModel, bits: int, group: int) -> PreTrainedMo
 
 
 def _log_probs(experiment: Experiment, model: PreTrainedModel) -> ByText:
+    texts = {name: experiment.texts[name] for name in ("validation", "test")}
     return {
-        name: label_scores(
-            model,
-            experiment.texts[name].stream,
-            block_size=experiment.how.block_size,
-            batch_blocks=experiment.how.batch_blocks,
-            vocab_size=experiment.how.vocab_size,
-            positions=experiment.texts[name].positions,
-        ).log_probs
-        for name in ("validation", "test")
+        name: held_out(experiment, model, text.stream, text.positions)
+        for name, text in texts.items()
     }
 
 

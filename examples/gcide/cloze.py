@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from experiment import Experiment, label_scores
+from experiment import Experiment
 from gate import Gate
 from part import documents, memory_setting, open_experiment, parser, write_part
 from questions import OPTIONS, TASKS, Question, make_questions
@@ -185,34 +185,35 @@ def _answers(
         "DAPT": ("adapted", experiment.adapted()),
         "memory": (setting["name"], experiment.memory(setting)),
     }
-    held_out = {name: experiment.scores(*path) for name, path in paths.items()}
+    fitted_on = {name: experiment.scores(*path)["validation"] for name, path in paths.items()}
     found = {}
     for name, (_, path) in paths.items():
         model = load_model(path, device=experiment.device)
-        found[name] = score_sequences(model, sequences, experiment.how.vocab_size)
+        found[name] = score_sequences(model, sequences, experiment.corpus.vocab_size)
         del model
-    labels, on_validation = (
-        label_scores(found),
-        label_scores({name: one["validation"] for name, one in held_out.items()}),
-    )
-    base = labels["base"]
-    lmbda, _ = best_lmbda(on_validation["base"], on_validation["memory"])
-    gate = Gate.fit(
-        held_out["base"]["validation"],
-        held_out["memory"]["validation"],
-        experiment.how.block_size,
-        device=experiment.device,
-    )
-    per_row = replace(gate, block_size=sequences.scored.shape[1])  # a row is a context
-    weights = per_row.lmbda(found["base"], found["memory"])
+    base, memory = found["base"].label, found["memory"].label
+    lmbda, _ = best_lmbda(fitted_on["base"].label, fitted_on["memory"].label)
+    weights = _token_lmbda(experiment, fitted_on, found, sequences.scored.shape[1])
     answers = {
         "base": base,
-        "DAPT": labels["DAPT"],
-        "kNN-LM": _beside_neighbours(experiment, on_validation["base"], base, sequences),
-        "joint": mix_log_probs(base, labels["memory"], lmbda),
-        "joint, lmbda a token": mix_log_probs(base, labels["memory"], weights),
+        "DAPT": found["DAPT"].label,
+        "kNN-LM": _beside_neighbours(experiment, fitted_on["base"].label, base, sequences),
+        "joint": mix_log_probs(base, memory, lmbda),
+        "joint, lmbda a token": mix_log_probs(base, memory, weights),
     }
     return {name: one.reshape(sequences.scored.shape) for name, one in answers.items()}
+
+
+def _token_lmbda(
+    experiment: Experiment,
+    fitted_on: Mapping[str, Scores],
+    found: Mapping[str, Scores],
+    length: int,
+) -> np.ndarray:
+    """The gate's weight of the memory, [rows * length]; it starts anew at every row."""
+    block_size = experiment.settings["block_size"]
+    gate = Gate.fit(fitted_on["base"], fitted_on["memory"], block_size, device=experiment.device)
+    return replace(gate, block_size=length).lmbda(found["base"], found["memory"])
 
 
 def _beside_neighbours(

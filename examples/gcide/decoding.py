@@ -84,7 +84,7 @@ def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterato
         load_model(path, device=experiment.device, dtype="bfloat16")
         for path in (experiment.base, memory_path)
     )
-    width = experiment.how.vocab_size
+    width = experiment.corpus.vocab_size
     pair = MemoryDecoderForCausalLM.from_models(
         base, memory, lmbda=LMBDA, tokenizer=experiment.corpus.tokenizer()
     )

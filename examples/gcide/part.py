@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 import yaml
 from experiment import Experiment
+from transformers import PreTrainedModel
 
 from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
+from memdec.evaluation.forward import label_scores
 
-MEMORY = "8 layers, samples, longer"
+MEMORY = "8 layers, samples"
+BATCH_BLOCKS = 8
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -59,6 +62,23 @@ def documents(stream: TokenStream) -> list[np.ndarray]:
     """The tokens of each document of a split, without its separators."""
     ends = np.append(stream.documents[1:] - 1, len(stream) - 1)
     return [stream.read(*bounds) for bounds in zip(stream.documents, ends, strict=True)]
+
+
+def held_out(
+    experiment: Experiment,
+    model: PreTrainedModel,
+    stream: TokenStream,
+    positions: int | None = None,
+) -> np.ndarray:
+    """Log p(label) of a model at the first positions of a split, all by default, in the settings' blocks."""
+    return label_scores(
+        model,
+        stream,
+        block_size=experiment.settings["block_size"],
+        batch_blocks=BATCH_BLOCKS,
+        vocab_size=stream.vocab_size,
+        positions=positions,
+    ).log_probs
 
 
 def write_part(path: Path, name: str, experiment: Experiment, part: Mapping[str, Any]) -> None:

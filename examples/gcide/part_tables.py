@@ -13,7 +13,7 @@ from typing import Any
 
 Part = Mapping[str, Any]
 
-# Decoding overhead in the Memory Decoder paper (arXiv 2508.09874, table of section 4).
+# Decoding overhead in the paper (arXiv 2508.09874).
 PAPER = {"base": 1.0, "base and memory": 1.28, "kNN-LM": 2.17, "in-context retrieval": 1.51}
 
 

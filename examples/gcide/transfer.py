@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from experiment import Experiment
-from part import documents, memory_setting, open_experiment, parser, write_part
+from part import documents, held_out, memory_setting, open_experiment, parser, write_part
 from sampled import extend_with_samples
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,6 @@ from memdec.console import say
 from memdec.data.artefact import fingerprint, stage
 from memdec.data.corpus import KIND, SHARD_TOKENS, TokenCorpus, separator_id
 from memdec.data.stream_writer import StreamWriter
-from memdec.evaluation.forward import label_scores
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import (
     load_model,
@@ -116,7 +115,7 @@ def move(source: str, rows: str, tokenizer: str, out: Path) -> str:
 def train(experiment: Experiment, start: str, tokens: Path, rate: float, out: Path) -> str:
     """One epoch of cross-entropy on the train split of `tokens`."""
     options = {**experiment.settings["adapt"], "epochs": 1, "learning_rate": rate}
-    options |= {"compile": False, "block_size": experiment.how.block_size}
+    options |= {"compile": False, "block_size": experiment.settings["block_size"]}
     adapt(AdaptConfig(model=start, tokens=tokens, device=experiment.device, **options), out)
     return str(out / "model")
 
@@ -202,14 +201,9 @@ def _row(experiment: Experiment, name: str, path: str, corpus: TokenCorpus) -> d
     return {"name": name, "tokens": len(log_probs), "bits": bits}
 
 
-def _log_probs(experiment: Experiment, model: str, corpus: TokenCorpus, split: str) -> np.ndarray:
-    return label_scores(
-        load_model(model, device=experiment.device),
-        corpus.split(split),
-        block_size=experiment.how.block_size,
-        batch_blocks=experiment.how.batch_blocks,
-        vocab_size=corpus.vocab_size,
-    ).log_probs
+def _log_probs(experiment: Experiment, path: str, corpus: TokenCorpus, split: str) -> np.ndarray:
+    model = load_model(path, device=experiment.device)
+    return held_out(experiment, model, corpus.split(split))
 
 
 def _texts(corpus: TokenCorpus) -> Texts:

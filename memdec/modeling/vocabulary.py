@@ -1,6 +1,6 @@
 """A model for another tokenizer: new embeddings and output, every other weight kept.
 
-This is how a memory moves to a base of another tokenizer (arXiv 2508.09874, section 4.3), after which
+This is how a memory moves to a base of another tokenizer (arXiv 2508.09874), after which
 it is trained for a tenth of the time. New rows can start from the old ones: the mean of the old
 tokens that spell a new one (Gee et al. 2022, "Fast Vocabulary Transfer").
 """
