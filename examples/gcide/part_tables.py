@@ -124,8 +124,6 @@ def tables(path: Path, names: list[str]) -> Iterator[str]:
         if name not in result:
             continue
         machine = result[name]["machine"]
-        yield f"### {name}"
-        yield ""
         yield (
             f"{machine['device']}, torch {machine['torch']}, "
             f"transformers {machine['transformers']}."
