@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -42,6 +42,11 @@ class TrainConfig(LoopConfig):
     )
     memory_layers: int | None = option(None, help="keep this many layers, evenly spaced")
     memory_width: int | None = option(None, help="width of a fresh memory")
+    memory_vocabulary: Literal["own", "mean", "random"] = option(
+        "own",
+        help="embeddings and output of a memory_init with another tokenizer than the tokens': mean, "
+        "of the old tokens that spell a new one, or random; own: the tokenizers must agree",
+    )
     alpha: float = option(0.5, help="weight of the KL term; 1 - alpha is the cross-entropy's")
     temperature: float | None = option(
         None, help="of kept neighbours: divides the squared distances; by default that of targets"
@@ -62,6 +67,11 @@ class TrainConfig(LoopConfig):
             require_temperature(self.temperature)
         if self.memory_width is not None and self.memory_init != "fresh":
             raise MemdecError("memory_width goes with memory_init fresh only")
+        if self.memory_vocabulary != "own" and self.memory_init in _NOT_A_MODEL:
+            raise MemdecError(
+                "memory_vocabulary goes with a memory_init that is a model of its own, "
+                f"got {self.memory_init!r}"
+            )
 
     def check_kept(self, neighbours: int | None) -> None:
         """Raises :class:`MemdecError` for an option that the targets cannot follow.
@@ -99,8 +109,10 @@ def train(config: TrainConfig, out: Path) -> Artefact:
         has_tokenizer,
         load_tokenizer,
         model_fingerprint,
+        tokenizer_fingerprint,
     )
     from memdec.modeling.memory_init import initial_memory
+    from memdec.modeling.vocabulary import transfer_vocabulary
     from memdec.processes import join_processes, shared_stage
     from memdec.training.trainer import best_row, fit
 
@@ -115,18 +127,24 @@ def train(config: TrainConfig, out: Path) -> Artefact:
     models = {"base": config.base, "teacher": config.teacher}
     if config.memory_init not in _NOT_A_MODEL:
         models["memory_init"] = config.memory_init
+    transferred = config.memory_vocabulary != "own"
     for name, model in models.items():
-        if has_tokenizer(model):
+        if has_tokenizer(model) and not (transferred and name == "memory_init"):
             compare_tokenizers(load_tokenizer(model), tokenizer, (name, "the tokens"))
     params = config.training_params()
     for name in ("memory_layers", "memory_width", "alpha"):
         params[name] = getattr(config, name)
     if config.memory_init in _NOT_A_MODEL:
         params["memory_init"] = config.memory_init
+    if transferred:  # the manifest says so where it is
+        params["memory_vocabulary"] = config.memory_vocabulary
     targets, chosen = _batch_targets(config, store)
     params |= chosen
     inputs = {name: model_fingerprint(model) for name, model in models.items()}
     inputs |= {"tokens": corpus.fingerprint, "targets": store.artefact.fingerprint}
+    if transferred:
+        old_tokenizer = load_tokenizer(config.memory_init)
+        inputs["memory_tokenizer"] = tokenizer_fingerprint(old_tokenizer)
     with shared_stage(processes, out, KIND, params, inputs) as writer:
         if writer.finished:
             say(f"train: already done in {out}")
@@ -138,6 +156,10 @@ def train(config: TrainConfig, out: Path) -> Artefact:
             width=config.memory_width,
             seed=config.seed,
         )
+        if config.memory_vocabulary != "own":
+            memory = transfer_vocabulary(
+                memory, old_tokenizer, tokenizer, config.memory_vocabulary, seed=config.seed
+            )
         check_model(memory, store.block_size, corpus.vocab_size, isolate_documents=isolated)
         curve = fit(
             processes,

@@ -270,3 +270,39 @@ def test_two_processes_train_what_one_does(config, tmp_path):
     for one, two in zip(*curves, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     assert not (tmp_path / "together" / "checkpoints").exists()
+
+
+def test_a_memory_of_another_tokenizer_is_moved_to_the_tokens(config, tiny, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from memdec.modeling.loading import load_model, load_tokenizer
+
+    other = str(tmp_path / "other")
+    parts = json.loads(load_tokenizer(tiny.model).backend_tokenizer.to_str())
+    words = parts["model"]["vocab"]  # the same words under other ids
+    parts["model"]["vocab"] = {word: (i + 7) % len(words) for word, i in words.items()}
+    parts["added_tokens"] = []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        eos_token="<end>",
+        unk_token="<unknown>",
+    )
+    tokenizer.save_pretrained(other)
+    GPT2LMHeadModel(load_model(tiny.model).config).save_pretrained(other)
+
+    kept = dataclasses.replace(config, memory_init=other)
+    with pytest.raises(MemdecError, match="tokenizers of memory_init and the tokens differ"):
+        train(kept, tmp_path / "refused")
+    moved = dataclasses.replace(kept, memory_vocabulary="mean")
+    out = tmp_path / "moved"
+    train(moved, out)
+    curve = json.loads((out / "curve.json").read_text())
+    assert min(row["nll"] for row in curve) < curve[0]["nll"] - 0.3
+    assert load_tokenizer(out / "memory").get_vocab() == load_tokenizer(tiny.model).get_vocab()
+    assert json.loads((out / "manifest.json").read_text())["params"]["memory_vocabulary"] == "mean"
+
+
+def test_only_a_model_of_its_own_has_another_vocabulary(config):
+    with pytest.raises(MemdecError, match="memory_vocabulary goes with a memory_init that is a"):
+        dataclasses.replace(config, memory_vocabulary="random")

