@@ -12,6 +12,7 @@ from retrieval import documents, score_retrieved
 
 from memdec.data.calibration import choose, teacher_forced
 from memdec.data.datastore import Datastore
+from memdec.data.targets import SEARCHED
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
@@ -96,6 +97,8 @@ def _seconds_before(experiment: Experiment, setting: Setting) -> dict[str, float
             seconds["blended"] = experiment.seconds(f"rows-{name}")
         if "neighbours" in options:
             seconds["neighbours"] = experiment.seconds(f"targets-{options['neighbours']}")
+        if "neighbours" in options or options.get("source") in SEARCHED:
+            seconds["datastore"] = experiment.seconds("datastore-adapted")
     if (samples := experiment.tokens_of(name)) != experiment.tokens:
         seconds["sampled"] = experiment.seconds(samples)
     return seconds

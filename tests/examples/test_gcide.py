@@ -117,7 +117,7 @@ def test_the_rows_tell_what_was_learned(results: tuple[dict, dict, Path]) -> Non
     memory = rows["1 layer"]
     assert memory["parameters"] < rows["DAPT"]["parameters"]
     assert memory["tail_gain"]["joint"] > 1
-    stages = {"train", "adapt", "targets", "blended", "neighbours"}
+    stages = {"train", "adapt", "targets", "blended", "neighbours", "datastore"}
     assert set(memory["stage_seconds"]) == stages
     assert set(rows["ensemble"]["stage_seconds"]) == stages | {"sampled"}
     assert set(rows["samples"]["stage_seconds"]) == {"train", "adapt", "targets", "sampled"}
