@@ -72,10 +72,12 @@ def product_alone(keys: torch.Tensor) -> Callable[[torch.Tensor], None]:
     return search
 
 
-def block_alone(block: torch.Tensor, times: int) -> Callable[[torch.Tensor], None]:
+def block_alone(block: torch.Tensor, keys: int) -> Callable[[torch.Tensor], None]:
+    """The products with as many `keys`, the block again and again."""
+
     def search(queries: torch.Tensor) -> None:
-        for _ in range(times):
-            product(queries, block)
+        for start in range(0, keys, len(block)):
+            product(queries, block[: keys - start])
 
     return search
 
@@ -154,7 +156,7 @@ def compare(
             ((_, blocks),) = index._parts()
             block = next(iter(blocks)).keys
             wide = torch.randn(len(queries), block.shape[1], device=device).half()
-            repeated = block_alone(block, -(-len(keys) // len(block)))
+            repeated = block_alone(block, len(keys))
             add("its product alone", batches(repeated), wide)
             del blocks, block, wide, repeated
         del index

@@ -139,7 +139,7 @@ def own_memory() -> int:
     """Bytes of this process that are no file's: what is mapped can be read again."""
     with open("/proc/self/status") as status:
         lines = dict(line.split(":", 1) for line in status)
-    return sum(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return int(lines["RssAnon"].split()[0]) * 1024
 
 
 def outcome(out: Path) -> dict[str, Any]:
