@@ -28,7 +28,9 @@ class GpuBusy:
         if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
             yield
             return
-        command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu,memory.used"]
+        # By its own id: nvidia-smi counts GPUs that are hidden from this process too.
+        gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        command = ["nvidia-smi", "-i", gpu, "--query-gpu=utilization.gpu,memory.used"]
         command += ["--format=csv,noheader,nounits"]
         over = threading.Event()
 
