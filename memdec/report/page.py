@@ -13,7 +13,7 @@ from memdec.data.artefact import TIMING, Artefact
 from memdec.report.figures import gains_by_frequency, lmbda_curve, outside_curve, training_curve
 from memdec.report.passage import PASSAGE_NOTE, coloured_passage
 from memdec.report.shell import write_page
-from memdec.report.tables import main_table, number, side_effects
+from memdec.report.tables import main_table, number, side_effects, stage_seconds
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def write_report(
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{_summary(results)}</p>",
-        main_table(results, seconds, build),
+        main_table(results, seconds, stage_seconds(build) if build else {}).html(),
         "<h2>What it does beside that</h2>",
-        side_effects(results),
+        side_effects(results).html(),
         "<h2>How much memory to mix in</h2>",
         lmbda_curve(results),
         outside_curve(results) if results["outside"] else "",

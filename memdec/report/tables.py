@@ -1,10 +1,11 @@
-"""The tables of report.html."""
+"""The tables of report.html: what each row reaches and costs, and what it does beside that."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,35 @@ _STAGES_OF: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first of each row is its name."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+    def html(self) -> str:
+        """The table and its note; the row joint stands out."""
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
+        lines = [f"<table><tr>{cells}</tr>"]
+        for row in self.rows:
+            kind = ' class="joint"' if row[0] == "joint" else ""
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            lines.append(f"<tr{kind}>{cells}</tr>")
+        return "\n".join(lines) + f'</table><p class="soft">{html.escape(self.note)}</p>'
+
+
 def main_table(
-    results: Mapping[str, Any],
-    scoring: Mapping[str, float],
-    build: Path | None,
-) -> str:
-    """HTML of what each row reaches and what it costs.
+    results: Mapping[str, Any], scoring: Mapping[str, float], stages: Mapping[str, float]
+) -> Table:
+    """What each row reaches and what it costs.
 
     Args:
         results: of the stage eval.
         scoring: seconds that scoring took, by row.
-        build: the directory of the build, whose stages tell their seconds.
+        stages: seconds of a build's stages, as far as there is a build (:func:`stage_seconds`).
     """
-    stages = _stage_seconds(build)
     head = ["", "perplexity", "95 % interval", "gain, nats", "lmbda", "parameters", "MB"]
     head += ["datastore / weights", "training, s", "stages before, s", "scoring, s"]
     rows = []
@@ -63,12 +80,11 @@ def main_table(
         "stages that it needs; of a stage that was stopped, what ran last. Scoring: the held-out "
         "tokens. Adapted is the teacher, the base or another model fine-tuned on the domain (DAPT)."
     )
-    return _html_table(head, rows, note)
+    return Table(head, rows, note)
 
 
-def _stage_seconds(build: Path | None) -> dict[str, float]:
-    if build is None:
-        return {}
+def stage_seconds(build: Path) -> dict[str, float]:
+    """Seconds of those stages of a build whose time the table tells."""
     files = {stage: build / stage / TIMING for stage in (*_BEFORE, "train", "control")}
     return {
         stage: json.loads(file.read_text())["seconds"]
@@ -91,12 +107,12 @@ def _times_smaller(results: Mapping[str, Any], name: str) -> str:
     return f"{results['datastore_bytes'] / (2 * parameters):.2f}"
 
 
-def side_effects(results: Mapping[str, Any]) -> str:
-    """HTML of what each row does to rare tokens, to function words and outside the domain."""
+def side_effects(results: Mapping[str, Any]) -> Table:
+    """What each row does to rare tokens, to function words and outside the domain."""
     base = results["rows"][0]
     head = ["", "rarest tenth, times", "function words, nats"]
     for text, facts in results["outside"].items():
-        head.append(f"{html.escape(text)}: perplexity ({facts['positions']:,} tokens)")
+        head.append(f"{text}: perplexity ({facts['positions']:,} tokens)")
     rows = []
     for row in results["rows"]:
         gain, words = f"{row['tail_gain']:.2f}", row["function_words"]
@@ -115,21 +131,11 @@ def side_effects(results: Mapping[str, Any]) -> str:
             " Perplexity outside the domain: with the lmbda and the gate that were chosen inside it; "
             "in brackets the change from base."
         )
-    return _html_table(head, rows, note)
+    return Table(head, rows, note)
 
 
 def _change(value: float | None, base: float | None) -> str:
     return "" if value is None or base is None else f" ({100 * (value / base - 1):+.1f} %)"
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """The first cell of a row names it."""
-    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
-    for name, *cells in rows:
-        kind = ' class="joint"' if name == "joint" else ""
-        shown = "".join(f"<td>{cell}</td>" for cell in (html.escape(name), *cells))
-        lines.append(f"<tr{kind}>{shown}</tr>")
-    return "\n".join(lines) + f'</table><p class="soft">{note}</p>'
 
 
 def number(value: float | None, digits: int) -> str:
