@@ -262,10 +262,8 @@ def print_table(artefact: Artefact) -> None:
 
 def _side_effects(results: Mapping[str, Any]) -> Table:
     """Rare tokens, function words, and perplexity outside the domain."""
-    table = _table(
-        "Beside that",
-        "rarest tenth: median p / p of base; function words: mean change of log p; then perplexity",
-    )
+    caption = "rarest tenth: median p / p of base; function words: mean change of log p"
+    table = _table("Beside that", f"{caption}; then perplexity" if results["outside"] else caption)
     for header in ("rarest tenth", "function words", *results["outside"]):
         table.add_column(header, justify="right")
     for row in results["rows"]:
