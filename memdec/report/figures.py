@@ -101,7 +101,8 @@ def training_curve(rows: Sequence[Mapping[str, float]]) -> str:
     kept = math.exp(best["joint_nll"])
     axes.plot([best["epoch"]], [kept], "o", color=COLOURS["joint"], markersize=7)
     # An untrained memory is far above the rest: the interesting part is near joint.
-    axes.set_ylim(0.9 * kept, min(1.02 * max(map(max, points.values())), 2 * max(points["joint"])))
+    interesting = max(2 * max(points["joint"]), 1.2 * min(points["memory"]))
+    axes.set_ylim(0.9 * kept, min(1.02 * max(map(max, points.values())), interesting))
     return _svg(figure, axes, "training")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from memdec.data.artefact import TIMING
 from memdec.evaluation.evaluate import ADAPTIVE
 
+_NARROW = 7  # columns that fit a page in its own type size
 # Of a row of a build: the stages that train its model, and those that these need.
 _BEFORE = ("adapt", "datastore", "targets")
 _STAGES_OF: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,7 +34,8 @@ class Table:
     def html(self) -> str:
         """The table and its note; the row joint stands out."""
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        lines = [f"<table><tr>{cells}</tr>"]
+        wide = ' class="wide"' if len(self.head) > _NARROW else ""
+        lines = [f"<table{wide}><tr>{cells}</tr>"]
         for row in self.rows:
             kind = ' class="joint"' if row[0] == "joint" else ""
             cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
