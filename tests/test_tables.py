@@ -29,15 +29,24 @@ PAGES = {
 }
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_tables_of_a_page(page: str) -> None:
-    script, results = PAGES[page]
+def printed(script: Path, results: list[Path]) -> list[str]:
     assert results
     command = [sys.executable, str(script), *map(str, results)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_a_page(page: str) -> None:
     lines = (ROOT / "docs" / page).read_text().splitlines()
-    for line in printed.splitlines():
+    for line in printed(*PAGES[page]):
         assert line in lines
+
+
+def test_the_seconds_on_a_gpu_in_the_tutorial() -> None:
+    lines = printed(WORDNET.parent / "table.py", [WORDNET / "nvidia-h100-80gb-hbm3.json"])
+    (seconds,) = (line for line in lines if line.startswith("Seconds of the stages"))
+    assert seconds in (ROOT / "docs" / "tutorial.md").read_text().splitlines()
 
 
 def test_what_the_commands_of_the_tutorial_print() -> None:
