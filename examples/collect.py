@@ -1,8 +1,9 @@
-"""Keeps what a build found: one JSON for the repository, and the picture of its training.
+"""Keeps what a build found as one JSON for the repository.
 
-    python examples/collect.py out/ examples/wordnet/results/NAME.json --picture docs/NAME.svg
+    python examples/collect.py out/ examples/wordnet/results/NAME.json
 
-Run it on the machine that built: the result names its device and versions.
+Run it on the machine that built: the result names its device and versions. table.py prints its tables,
+pictures.py draws it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-import memdec
 from memdec.build import STAGES
-from memdec.report.figures import training_curve
 
 
 def collect(build: Path) -> dict[str, Any]:
@@ -31,27 +30,32 @@ def collect(build: Path) -> dict[str, Any]:
     stages = [stage for stage in STAGES if (build / stage).is_dir()]
     return {
         "machine": {
-            "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+            "device": torch.cuda.get_device_name() if on_gpu else _processor(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
-            "memdec": memdec.__version__,
         },
         "stage_seconds": {stage: read(f"{stage}/timing.json")["seconds"] for stage in stages},
+        "row_seconds": read("eval/timing.json"),
         "curve": read("train/curve.json"),
         "eval": read("eval/eval.json"),
+        "passage": read("eval/passage.json"),
     }
+
+
+def _processor() -> str:
+    """The CPU's name, where Linux tells it, and how many threads torch uses of it."""
+    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("build", type=Path)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     result = collect(arguments.build)
-    arguments.result.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.picture:
-        # On a page of its own there is no text colour to follow: a grey that reads on both grounds.
-        drawing = training_curve(result["curve"]).replace("currentColor", "#767c85")
-        arguments.picture.write_text(drawing)
+    arguments.result.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -88,12 +88,14 @@ def build(config: BuildConfig, out: Path) -> None:
     refuse_strangers(out, OWN)
     run_steps(steps, recipe, out)
     title = f"A memory for {recipe.base}"
-    write_report(out / "eval", out / REPORT, title=title, training=out / "train")
+    write_report(out / "eval", out / REPORT, title=title, build=out)
     say(f"build: {time.monotonic() - start:.0f} s in all; the report is {out / REPORT}")
 
 
 def plan(recipe: Recipe, out: Path) -> list[Step]:
     """The stages with their configurations, all of them checked before any of them runs.
+
+    So are the texts that eval will look for at the end.
 
     Raises:
         MemdecError: an option that its stage does not have or that is out of range, or that another
@@ -101,6 +103,7 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     """
     from memdec.data.corpus import PrepareConfig, prepare
     from memdec.data.datastore import DatastoreConfig, datastore
+    from memdec.data.documents import text_files
     from memdec.data.targets import SEARCHED, TargetsConfig, targets
     from memdec.evaluation.evaluate import EvalConfig, evaluate
     from memdec.training.adapt import AdaptConfig, adapt
@@ -149,7 +152,9 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     models = {"memory": memory, "others": others, **searched, **taught}
     if source not in SEARCHED:  # no kNN-LM to compare with
         del models["targets"]
-    add("eval", evaluate, EvalConfig, **models)
+    evaluated = add("eval", evaluate, EvalConfig, **models)
+    for path in evaluated.outside_texts().values():
+        text_files(path)
     _check_isolation(steps)
     return steps
 

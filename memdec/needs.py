@@ -195,7 +195,10 @@ class _Estimator:
         return wide * config.k + (4 if narrow else 0) + 8 + 4
 
     def eval(self, config: Any) -> Need:
-        held_out = self.corpus.held_out
+        # A text outside the domain is read as far as the reported split, about half of these.
+        texts = len(config.outside)
+        held_out = self.corpus.held_out * (2 + texts) // 2
+        note = f"{texts} of its {2 + texts} passes a model are outside the domain" if texts else ""
         models = [self.base, self.student, *[self.teacher] * len(config.others)]
         seconds = sum(self._forward_seconds(model, held_out, config.dtype) for model in models)
         tokens = config.batch_blocks * config.block_size
@@ -206,7 +209,7 @@ class _Estimator:
             seconds += search.seconds + self._forward_seconds(self.teacher, held_out, config.dtype)
         # A score of each model and of the kNN-LM; two numbers of confidence of base and of memory.
         disk = 4 * held_out * (len(models) + 1 + 4)
-        return self._need("eval", disk, search.host, device + search.device, seconds)
+        return self._need("eval", disk, search.host, device + search.device, seconds, note=note)
 
     def _index(self) -> IndexNeeds:
         from memdec.data.index import choose_index

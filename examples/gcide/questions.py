@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from measures import FUNCTION_WORDS
+from memdec.evaluation.measures import FUNCTION_WORDS
 
 OPTIONS = 4
 _NEAR = 12  # so many of the most similar candidates are drawn from

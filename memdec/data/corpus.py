@@ -142,7 +142,7 @@ def _write(
     splits = {}
     with Progress("tokenising", total, "characters", finished) as progress:
         for name, stream in streams.items():
-            for text, tokens in _tokenise(tokenizer, texts[name][done[name] :]):
+            for text, tokens in tokenise(tokenizer, texts[name][done[name] :]):
                 stream.add(tokens)
                 progress.advance(len(text))
             splits[name] = {"documents": len(texts[name]), **stream.finish()}
@@ -170,7 +170,7 @@ def separator_id(tokenizer: Any, given: int | None) -> int:
     raise MemdecError("the tokenizer has no eos, bos or pad token: give separator_id")
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+def tokenise(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Each text with its token ids, int32. Nothing in a text is read as a special token."""
     batch: list[str] = []
     characters = 0
@@ -192,7 +192,7 @@ def _up_to(
     """The head of `order` whose documents have `max_tokens` tokens, the last one whole."""
     total = 0
     chosen = 0
-    for _, tokens in _tokenise(tokenizer, [texts[index] for index in order]):
+    for _, tokens in tokenise(tokenizer, [texts[index] for index in order]):
         if total >= max_tokens and chosen >= len(SPLITS):
             break
         total += len(tokens)

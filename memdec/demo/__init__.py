@@ -55,7 +55,7 @@ def demo(config: DemoConfig, out: Path) -> int:
     results = json.loads((out / "eval" / "eval.json").read_text())
     perplexity = {row["name"]: row["perplexity"] for row in results["rows"]}
     shown = continuations(out, base, lmbda=results["lmbda"]["joint"], device=config.device)
-    write_report(out / "eval", out / REPORT, shown, "memdec demo", out / "train")
+    write_report(out / "eval", out / REPORT, shown, "memdec demo", out)
     say(f"demo: {time.monotonic() - begin:.0f} s in all; the report is {out / REPORT}")
     if perplexity["joint"] < perplexity["base"]:
         return 0

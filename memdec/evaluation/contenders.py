@@ -17,6 +17,7 @@ from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
 from memdec.evaluation.forward import check_model, label_scores
 from memdec.evaluation.knn_lm import score_neighbours
+from memdec.evaluation.outside import read_outside, stream_name
 from memdec.modeling.loading import (
     compare_tokenizers,
     has_tokenizer,
@@ -38,7 +39,9 @@ class Scored:
     """What a contender scored and what it costs.
 
     Attributes:
-        log_probs: float32 [positions] per split; for kNN the neighbours alone, without the base.
+        log_probs: float32 [positions] per split, and per text outside the domain
+            (:func:`memdec.evaluation.outside.stream_name`); for kNN the neighbours alone, without
+            the base.
         confidence: float32 [positions, 2] per split, of base and memory
             (:func:`memdec.modeling.gate.confidence`).
         seconds: for the reported split.
@@ -67,7 +70,11 @@ class Contenders:
         self.corpus = TokenCorpus.open(config.tokens)
         self.models = {"base": config.base, "memory": config.memory, **config.other_models()}
         self.teacher = config.teacher or config.base
-        self.splits: list[str] = list(dict.fromkeys(("validation", config.split)))
+        isolated = config.isolate_documents
+        self.streams: dict[str, TokenStream] = {
+            split: self.corpus.split(split, isolate_documents=isolated)
+            for split in dict.fromkeys(("validation", config.split))
+        }
         self.datastore: Datastore | None = None
         tokenizer = self.corpus.tokenizer()
         for name, model in self.models.items():
@@ -79,28 +86,37 @@ class Contenders:
             check_input(self.datastore.artefact, "tokens", self.corpus.fingerprint)
             check_input(self.datastore.artefact, "model", model_fingerprint(self.teacher))
             check_input(self.targets.artefact, "datastore", self.datastore.fingerprint)
-            isolated = config.isolate_documents
             check_option(self.datastore.artefact, "isolate_documents", isolated, False)
+        longest = self.positions(config.split)
+        self.outside: dict[str, str] = {}
+        for name, path in config.outside_texts().items():
+            text = read_outside(path, self.corpus, tokenizer, longest, isolate_documents=isolated)
+            self.streams[stream_name(name)], self.outside[name] = text
 
     def fingerprints(self) -> dict[str, str]:
         """Of everything that is read, by name."""
         found = {name: model_fingerprint(model) for name, model in self.models.items()}
         found["tokens"] = self.corpus.fingerprint
+        found |= {stream_name(name): text for name, text in self.outside.items()}
         if self.datastore is not None:
             found["datastore"] = self.datastore.fingerprint
             found["targets"] = self.targets.artefact.fingerprint
         return found
 
-    def _stream(self, split: str) -> TokenStream:
-        return self.corpus.split(split, isolate_documents=self.config.isolate_documents)
-
-    def positions(self, stream: TokenStream) -> int:
-        """How many positions of a split are evaluated: whole blocks, or all."""
-        wanted = self.config.positions
+    def positions(self, name: str) -> int:
+        """How many positions of a stream are evaluated: whole blocks, or all."""
+        there, wanted = self.streams[name].positions, self.config.positions
         if wanted is None:
-            return stream.positions
+            return there
         whole_blocks = -(-wanted // self.config.block_size) * self.config.block_size
-        return min(whole_blocks, stream.positions)
+        return min(whole_blocks, there)
+
+    @property
+    def datastore_bytes(self) -> int | None:
+        """What the datastore takes on disk."""
+        if self.datastore is None:
+            return None
+        return sum(file["bytes"] for file in self.datastore.artefact.manifest["files"].values())
 
     def score(self, writer: StageWriter) -> dict[str, Scored]:
         """Scores by contender; a contender scored in an earlier run is read back."""
@@ -134,7 +150,7 @@ class Contenders:
             }
             if name == KNN:
                 facts = self._knn_size(facts)
-            for split in self.splits:
+            for split in self.streams:
                 start = time.monotonic()
                 arrays = score(name, model, split)
                 if split == self.config.split:
@@ -144,7 +160,7 @@ class Contenders:
             writer.set_note(name, facts)
 
         def kept(folder: str) -> dict[str, np.ndarray]:
-            files = {split: f"{folder}/{split}-{name}.npy" for split in self.splits}
+            files = {split: f"{folder}/{split}-{name}.npy" for split in self.streams}
             return {split: np.load(writer.file(file)) for split, file in files.items()}
 
         confidence = kept("confidence") if name in GATED else {}
@@ -152,8 +168,8 @@ class Contenders:
 
     def _knn_size(self, teacher: dict[str, float]) -> dict[str, float]:
         """What the kNN-LM needs beside the base: the datastore, and a teacher other than the base."""
-        assert self.datastore is not None
-        stored = sum(file["bytes"] for file in self.datastore.artefact.manifest["files"].values())
+        stored = self.datastore_bytes
+        assert stored is not None
         if model_fingerprint(self.teacher) == model_fingerprint(self.config.base):
             return {"parameters": 0, "bytes": stored}
         return {"parameters": teacher["parameters"], "bytes": teacher["bytes"] + stored}
@@ -182,12 +198,11 @@ class Contenders:
         return {"scores": log_probs}
 
     def _pass_over(self, split: str) -> dict[str, Any]:
-        """What every pass over a split is given."""
-        stream = self._stream(split)
+        """What every pass over a stream is given."""
         return {
-            "stream": stream,
+            "stream": self.streams[split],
             "block_size": self.config.block_size,
             "batch_blocks": self.config.batch_blocks,
             "vocab_size": self.corpus.vocab_size,
-            "positions": self.positions(stream),
+            "positions": self.positions(split),
         }

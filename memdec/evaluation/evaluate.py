@@ -17,6 +17,7 @@ from memdec.errors import MemdecError
 KIND = "eval"
 RESULTS = "eval.json"
 PASSAGE = "passage.json"
+ADAPTIVE = "joint, adaptive lmbda"  # the row with a lmbda a token
 
 _OWN_NAMES = ("base", "kNN-LM", "memory", "joint", "kNN", "tokens", "datastore", "targets")
 
@@ -32,6 +33,11 @@ class EvalConfig(Config):
     targets: Path | None = option(None, help="directory of the stage targets: k and temperature")
     teacher: str | None = option(None, help="model whose keys the datastore holds (default: base)")
     others: tuple[str, ...] = option((), help="further models to compare, as name=directory")
+    outside: tuple[str, ...] = option(
+        (),
+        help="texts outside the domain, as name=file or name=directory: one more pass of every "
+        "model over each, as many tokens of it as the split has at most",
+    )
     split: Literal["validation", "test"] = option("test", help="split that the table reports")
     positions: int | None = option(
         None, help="evaluate only the first so many positions of a split, in whole blocks"
@@ -56,27 +62,37 @@ class EvalConfig(Config):
             require(0 <= self.lmbda <= 1, "lmbda", "in [0, 1]", self.lmbda)
         if (self.datastore is None) != (self.targets is None):
             raise MemdecError("the kNN-LM needs both datastore and targets, one of them was given")
-        names = [text.partition("=")[0] for text in self.others]
-        for name, text in zip(names, self.others, strict=True):
-            if not re.fullmatch(r"[\w.-]+=.+", text) or name in _OWN_NAMES or names.count(name) > 1:
-                raise MemdecError(
-                    f"others must be name=directory with names of their own, got {text!r}"
-                )
+        for what in ("others", "outside"):
+            texts = getattr(self, what)
+            names = [text.partition("=")[0] for text in texts]
+            for name, text in zip(names, texts, strict=True):
+                taken = name in _OWN_NAMES or names.count(name) > 1
+                if taken or not re.fullmatch(r"[\w.-]+=.+", text):
+                    raise MemdecError(
+                        f"{what} must be name=path with names of their own, got {text!r}"
+                    )
 
     def other_models(self) -> dict[str, str]:
         """Name to directory."""
         return dict(text.split("=", 1) for text in self.others)
 
+    def outside_texts(self) -> dict[str, Path]:
+        """Name to file or directory."""
+        return {name: Path(path) for name, path in (text.split("=", 1) for text in self.outside)}
+
 
 def evaluate(config: EvalConfig, out: Path) -> Artefact:
     """Scores every contender on the same held-out tokens; prints and writes the table.
 
-    lmbda is chosen on validation, for joint and kNN-LM each, and used on the reported split. So is
-    the gate that gives each token a lmbda of its own (:func:`memdec.evaluation.gate.fit_gate`).
+    lmbda is chosen on validation, for joint and kNN-LM each, and used on the reported split and on
+    the texts outside the domain. So is the gate that gives each token a lmbda of its own
+    (:func:`memdec.evaluation.gate.fit_gate`).
 
     Writes ``eval.json``::
 
         {"split": str, "positions": int, "resampled": "documents" | "blocks",
+         "outside": {text: {"positions": int, "resampled": "documents" | "blocks"}},
+         "datastore_bytes": int | None,
          "lmbda": {"joint": float, "kNN-LM": float},
          "gate": the fields of :class:`memdec.modeling.gate.Gate`,
          "rows": [{"name": "base" | "kNN-LM" | "memory" | "joint" | "joint, adaptive lmbda" | other,
@@ -84,8 +100,14 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
                    "perplexity": float, "interval": [low, high] (of perplexity, 95 %),
                    "gain": nats below base, "gain_interval": [low, high] (paired draws),
                    "lmbda": float | None (of the gate: its mean), "parameters": int,
-                   "bytes": int}],
-         "curves": {"lmbda": [...], "joint": {split: [nll]}, "kNN-LM": {split: [nll]}},
+                   "bytes": int,
+                   "tail_gain": median of p / p_base over the tenth of the tokens that is rarest
+                       in the train split,
+                   "function_words": mean of |log p - log p_base| over function words | None
+                       if there are none,
+                   "outside": {text: {"nll", "perplexity", "interval", "gain", "gain_interval"}}}],
+         "curves": {"lmbda": [...], "joint": {split: [nll]}, "kNN-LM": {split: [nll]}}
+             (a text outside the domain is there as "outside-NAME"),
          "frequency": [{"bucket": "1-9", "low": 1, "high": 9 | None, "positions": int,
                         "nll": {name: float}}]}
 
@@ -103,8 +125,9 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
 
     contenders = Contenders(config)
     params = config.to_mapping()
-    for name in ("tokens", "base", "memory", "datastore", "targets", "teacher", "others", "device"):
+    for name in ("tokens", "base", "memory", "datastore", "targets", "teacher", "others"):
         del params[name]  # their content counts, by fingerprint, not where they lie
+    del params["outside"], params["device"]
     if not config.isolate_documents:  # the manifest says so where they are
         del params["isolate_documents"]
     with stage(out, KIND, params, contenders.fingerprints()) as writer:
@@ -113,7 +136,7 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
             artefact = Artefact.open(out, KIND)
         else:
             scored = contenders.score(writer)
-            results, passage = summarise(config, contenders.corpus, scored)
+            results, passage = summarise(contenders, scored)
             _write_json(writer, RESULTS, results)
             _write_json(writer, PASSAGE, passage)
             artefact = writer.finish(timing=row_seconds(scored))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +12,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from memdec.evaluation.evaluate import ADAPTIVE
+from memdec.evaluation.outside import stream_name
+
 # Mid-tones that can be told apart, by colour-blind readers too, on white and on near-black.
 COLOURS = {"base": "#8a8f98", "joint": "#2f81d6", "kNN-LM": "#d9822b", "memory": "#9a6dd7"}
+_OUTSIDE = ("#d9822b", "#9a6dd7", "#3fa45b", "#c2577a")
 # matplotlib writes colours as numbers: this one is replaced by the page's own text colour.
 _TEXT = "#010203"
 
@@ -39,6 +44,33 @@ def lmbda_curve(results: Mapping[str, Any]) -> str:
     # At lmbda 1 a kNN-LM may give a label no mass at all: the interesting part is near the base.
     axes.set_ylim(0.9 * min(drawn), min(1.02 * max(drawn), 1.6 * base))
     return _svg(figure, axes, "lmbda")
+
+
+def outside_curve(results: Mapping[str, Any]) -> str:
+    """Perplexity of joint over that of base, against lmbda: of each text outside, and of the split.
+
+    Dashed, at its own height: with a lmbda a token. The vertical line is the lmbda that was chosen.
+    """
+    curves, split = results["curves"], results["split"]
+    rows = {row["name"]: row for row in results["rows"]}
+    figure, axes = _figure("lmbda", "perplexity over that of base")
+    colours = [COLOURS["joint"], *_OUTSIDE]
+    highest = 1.0
+    for colour, text in zip(itertools.cycle(colours), [split, *results["outside"]], strict=False):
+        name = split if text == split else stream_name(text)
+        points = _perplexities(curves["joint"][name])
+        ratios = [point / points[0] for point in points]
+        axes.plot(curves["lmbda"], ratios, color=colour, label=text)
+        highest = max([highest, *(ratio for ratio in ratios if not math.isnan(ratio))])
+        gated = rows.get(ADAPTIVE)
+        if gated is not None:
+            found = gated if text == split else gated["outside"][text]
+            ratio = found["perplexity"] / points[0]
+            label = f"{text}, a lmbda a token"
+            axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
+    axes.axvline(results["lmbda"]["joint"], color=COLOURS["base"], linewidth=1, linestyle=":")
+    axes.set_ylim(0, min(1.05 * highest, 3))
+    return _svg(figure, axes, "outside")
 
 
 def gains_by_frequency(results: Mapping[str, Any]) -> str:
@@ -69,7 +101,8 @@ def training_curve(rows: Sequence[Mapping[str, float]]) -> str:
     kept = math.exp(best["joint_nll"])
     axes.plot([best["epoch"]], [kept], "o", color=COLOURS["joint"], markersize=7)
     # An untrained memory is far above the rest: the interesting part is near joint.
-    axes.set_ylim(0.9 * kept, min(1.02 * max(map(max, points.values())), 2 * max(points["joint"])))
+    interesting = max(2 * max(points["joint"]), 1.2 * min(points["memory"]))
+    axes.set_ylim(0.9 * kept, min(1.02 * max(map(max, points.values())), interesting))
     return _svg(figure, axes, "training")
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from memdec.data.artefact import TIMING, Artefact
-from memdec.report.figures import gains_by_frequency, lmbda_curve, training_curve
+from memdec.report.figures import gains_by_frequency, lmbda_curve, outside_curve, training_curve
 from memdec.report.passage import PASSAGE_NOTE, coloured_passage
 from memdec.report.shell import write_page
+from memdec.report.tables import main_table, number, side_effects, stage_seconds
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ def write_report(
     path: Path,
     continuations: Sequence[Continuation] = (),
     title: str = "memdec",
-    training: Path | None = None,
+    build: Path | None = None,
 ) -> None:
     """Writes the page at `path` from the files of the stage eval in `evaluation`.
 
-    `training` is the directory of the stage train, whose curve is drawn too.
+    `build` is the directory of the build: the curve of its stage train is drawn too, and the table
+    has the seconds that its stages took.
 
     Raises:
-        MemdecError: `evaluation` is not a finished directory of the stage eval.
+        MemdecError: `evaluation` is not a finished directory of the stage eval, or `build` has none
+            of the stage train.
     """
     artefact = Artefact.open(evaluation, "eval")
     results = json.loads(artefact.file("eval.json").read_text())
@@ -46,10 +49,13 @@ def write_report(
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{_summary(results)}</p>",
-        _table(results, seconds),
+        main_table(results, seconds, stage_seconds(build) if build else {}).html(),
+        "<h2>What it does beside that</h2>",
+        side_effects(results).html(),
         "<h2>How much memory to mix in</h2>",
         lmbda_curve(results),
-        _training(training),
+        outside_curve(results) if results["outside"] else "",
+        _training(build),
         "<h2>Where it helps</h2>",
         f"<p>{_FREQUENCY}</p>",
         gains_by_frequency(results),
@@ -71,47 +77,17 @@ _FREQUENCY = (
 
 def _summary(results: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in results["rows"]}
-    base, joint = (_number(rows[name]["perplexity"], 2) for name in ("base", "joint"))
+    base, joint = (number(rows[name]["perplexity"], 2) for name in ("base", "joint"))
     return (
         f"Perplexity on the same {results['positions']:,} held-out tokens: "
         f"<b>{joint}</b> with the memory, {base} without it."
     )
 
 
-def _table(results: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
-    head = ("", "perplexity", "95 % interval", "gain, nats", "lmbda", "parameters", "MB", "seconds")
-    lines = ["<table><tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
-    for row in results["rows"]:
-        name = row["name"]
-        low, high = row["interval"]
-        cells = (
-            html.escape(name),
-            _number(row["perplexity"], 2),
-            f"{_number(low, 2)} to {_number(high, 2)}",
-            _number(row["gain"], 3),
-            "" if row["lmbda"] is None else f"{row['lmbda']:.2f}",
-            f"{row['parameters']:,}",
-            f"{row['bytes'] / 1e6:,.1f}",
-            f"{seconds[name]:.1f}" if name in seconds else "",
-        )
-        kind = ' class="joint"' if name == "joint" else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    note = (
-        f"Intervals: bootstrap over {results['resampled']}. Gain: nats a token below the base. "
-        "MB: what must be kept, a datastore included. Seconds: for scoring the held-out tokens."
-    )
-    return "\n".join(lines) + f'</table><p class="soft">{note}</p>'
-
-
-def _number(value: float | None, digits: int) -> str:
-    """None stands for an infinite value: a token that got no probability at all."""
-    return "∞" if value is None else f"{value:,.{digits}f}"
-
-
-def _training(training: Path | None) -> str:
-    if training is None:
+def _training(build: Path | None) -> str:
+    if build is None:
         return ""
-    rows = json.loads(Artefact.open(training, "train").file("curve.json").read_text())
+    rows = json.loads(Artefact.open(build / "train", "train").file("curve.json").read_text())
     return f"<h2>How the memory learned</h2>\n{training_curve(rows)}"
 
 

@@ -16,6 +16,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .left { text-align: left; } th { font-weight: 600; font-size: .85rem; }
+.wide { font-size: .8rem; } .wide th { font-size: .75rem; } .wide td { white-space: nowrap; }
+.wide th, .wide td { padding: .3rem .25rem; } .wide td:first-child { white-space: normal; }
 tr.joint td { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .passage { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.75 ui-monospace, monospace;

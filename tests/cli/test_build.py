@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,13 +24,14 @@ prepare: {documents: line, validation_fraction: 0.15, test_fraction: 0.3}
 adapt: {epochs: 2, learning_rate: 3.0e-3, gradient_accumulation: 1}
 targets: {k: 16}
 train: {epochs: 2, learning_rate: 3.0e-3, gradient_accumulation: 1}
-eval: {bootstrap: 50}
+eval: {bootstrap: 50, outside: [elsewhere=ELSEWHERE]}
 """
 
 
 def arguments(tiny, root: Path) -> list[str]:
     recipe = root / "given.yaml"
-    recipe.write_text(RECIPE)
+    (root / "elsewhere.txt").write_text("never the small and often. " * 20)
+    recipe.write_text(RECIPE.replace("ELSEWHERE", str(root / "elsewhere.txt")))
     given = ["--base", tiny.model, "--corpus", tiny.corpus, "--recipe", recipe, "--control"]
     return ["build", *map(str, given), "--out", str(root / "out")]
 
@@ -65,6 +67,18 @@ def test_the_table_is_the_result_on_standard_output(built):
     _, result = built
     for name in ("base", "kNN-LM", "memory", "joint", "adapted", "fine-tuned"):
         assert name in result.stdout
+
+
+def test_the_page_has_the_table_of_this_build(built):
+    root, _ = built
+    page = (root / "out" / "report.html").read_text()
+    rows = re.findall(r"<tr[^>]*><td>([^<]*)</td>(.*?)</tr>", page)
+    assert [name for name, _ in rows[:7]] == [name for name, _ in rows[7:14]]
+    names = {"base", "kNN-LM", "memory", "joint", "joint, adaptive lmbda", "adapted", "fine-tuned"}
+    assert {name for name, _ in rows[:7]} == names
+    timing = json.loads((root / "out" / "train" / "timing.json").read_text())
+    assert f"<td>{timing['seconds']:,.1f}</td>" in dict(rows[:7])["joint"]
+    assert "elsewhere: perplexity" in page
 
 
 def test_joint_beats_the_untrained_base(built):
@@ -126,7 +140,7 @@ def test_other_sources_of_targets(tiny, tmp_path, source):
     given.remove("--control")
     recipe = tmp_path / "given.yaml"
     if source == "teacher":
-        recipe.write_text(RECIPE.replace("targets: {k: 16}\n", ""))
+        recipe.write_text(recipe.read_text().replace("targets: {k: 16}\n", ""))
     flags = [flag for text in settings for flag in ("--set", text)]
     result = CliRunner().invoke(make_app("build"), [*given, "--no-adapt", *flags])
     assert result.exit_code == 0, result.output
@@ -162,6 +176,14 @@ def test_what_training_cannot_choose_is_refused_before_anything_runs(
     result = CliRunner().invoke(make_app("build"), [*arguments(tiny, tmp_path), *flags])
     assert result.exit_code == 1
     assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_outside_that_is_not_there_is_refused_before_anything_runs(tiny, tmp_path):
+    flags = ["--set", "eval.outside=[gone=nowhere.txt]"]
+    result = CliRunner().invoke(make_app("build"), [*arguments(tiny, tmp_path), *flags])
+    assert result.exit_code == 1
+    assert "found none at nowhere.txt" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

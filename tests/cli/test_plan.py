@@ -96,6 +96,14 @@ def test_the_disk_of_kept_neighbours(tiny, tmp_path, dtype):
     assert found.note == "16 neighbours a row"
 
 
+def test_texts_outside_the_domain_are_counted(tiny):
+    path = str(tiny.corpus)
+    without = needs(tiny)["eval"]
+    found = needs(tiny, f"eval.outside=[one={path}, two={path}]")["eval"]
+    assert found.seconds == pytest.approx(2 * without.seconds, rel=0.01)
+    assert found.note == "2 of its 4 passes a model are outside the domain"
+
+
 @needs_faiss
 @pytest.mark.parametrize("spec", ["IVF8,SQfp16", "IVF16,PQ4x4", "IVF8,Flat", "HNSW8"])
 def test_the_disk_of_an_index_and_no_keys(tiny, tmp_path, spec):

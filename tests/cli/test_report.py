@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -40,30 +41,57 @@ def test_the_table_has_every_row(page):
     assert "<td>2.5</td>" in page  # joint's seconds, from timing.json
 
 
-def test_both_pictures_are_there_in_the_text_colour(page):
+def test_what_a_row_costs_elsewhere_is_in_a_table_of_its_own(page):
+    table = page[page.index("What it does beside that") :]
+    assert "<th>python &lt;3&gt;: perplexity (6,789 tokens)</th>" in table
+    rows = dict(re.findall(r"<tr[^>]*><td>([^<]*)</td>(.*?)</tr>", table))
+    base, joint = math.exp(3 - 0.44), math.exp(3 - 0.362)
+    assert rows["base"] == f"<td>1.00</td><td>0.00</td><td>{base:.2f}</td>"
+    change = f"{joint:.2f} ({100 * (joint / base - 1):+.1f} %)"
+    assert rows["joint"] == f"<td>{math.exp(0.78):.2f}</td><td>0.78</td><td>{change}</td>"
+
+
+def test_the_datastore_is_set_against_the_weights_of_what_was_trained(page):
+    rows = dict(re.findall(r"<tr[^>]*><td>([^<]*)</td>(.*?)</tr>", page.split("beside that")[0]))
+    ratio = f"<td>{24_490_368 / (2 * 1_377_408):.2f}</td>"
+    for name in ("memory", "joint", "joint, adaptive lmbda", "fine-tuned &lt;base&gt;"):
+        assert ratio in rows[name]
+    assert ratio not in rows["base"]
+    assert ratio not in rows["kNN-LM"]
+
+
+def test_the_pictures_are_there_in_the_text_colour(page):
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 2
-    for drawing, label in zip(drawings, ("lmbda", "train split"), strict=True):
+    assert len(drawings) == 3
+    labels = ("perplexity", "perplexity over that of base", "train split")
+    for drawing, label in zip(drawings, labels, strict=True):
         assert label in drawing
         assert "currentColor" in drawing
         assert "#010203" not in drawing
 
 
-def test_the_training_is_drawn_where_it_is_given(evaluation, tmp_path):
+def test_a_build_adds_its_training_and_its_seconds(evaluation, tmp_path):
     curve = [
         {"epoch": epoch, "nll": nll, "joint_nll": joint, "score": joint}
         for epoch, nll, joint in [(0.0, 8.0, 4.0), (1.0, 5.0, 3.0), (2.0, 4.0, 3.1)]
     ]
-    with stage(tmp_path / "train", "train", {}, {}) as writer:
-        writer.write("curve.json", lambda file: file.write(json.dumps(curve).encode()))
-        writer.finish()
-    write_report(evaluation, tmp_path / "page.html", training=tmp_path / "train")
+    seconds = {"adapt": 100.0, "datastore": 20.0, "targets": 3.0, "train": 4321.5}
+    for name, value in seconds.items():
+        with stage(tmp_path / name, name, {}, {}) as writer:
+            writer.write("curve.json", lambda file: file.write(json.dumps(curve).encode()))
+            writer.finish({"seconds": value})
+    write_report(evaluation, tmp_path / "page.html", build=tmp_path)
     page = (tmp_path / "page.html").read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(drawings) == 3
-    assert "perplexity on validation" in drawings[1]
+    assert len(drawings) == 4
+    assert "perplexity on validation" in drawings[2]
+    rows = dict(re.findall(r"<tr[^>]*><td>([^<]*)</td>(.*?)</tr>", page.split("beside that")[0]))
+    for name in ("memory", "joint", "joint, adaptive lmbda"):
+        assert "<td>4,321.5</td><td>123.0</td>" in rows[name]
+    assert "<td></td><td>120.0</td>" in rows["kNN-LM"]
+    assert "<td></td><td></td>" in rows["base"]
     with pytest.raises(MemdecError, match=r"expected a directory of train"):
-        write_report(evaluation, tmp_path / "page.html", training=evaluation)
+        write_report(evaluation, tmp_path / "page.html", build=evaluation)
 
 
 def test_a_bucket_without_positions_is_left_out(page):
@@ -101,9 +129,19 @@ def test_without_knn_and_without_prompts(tmp_path):
     write_report(write_evaluation(tmp_path / "eval", **found), path)
     # The passage's own file still has the kNN-LM; the pictures must not.
     drawings = re.findall(r"<svg.*?</svg>", path.read_text(), flags=re.DOTALL)
-    assert len(drawings) == 2
+    assert len(drawings) == 3
     assert not any("kNN" in drawing for drawing in drawings)
     assert "Prompts" not in path.read_text()
+
+
+def test_without_a_text_outside_the_domain(tmp_path):
+    found = results()
+    for row in found["rows"]:
+        row["outside"] = {}
+    path = tmp_path / "report.html"
+    write_report(write_evaluation(tmp_path / "eval", **{**found, "outside": {}}), path)
+    assert len(re.findall(r"<svg", path.read_text())) == 2
+    assert "outside the domain" not in path.read_text().lower()
 
 
 def test_a_report_on_validation(tmp_path):

@@ -22,7 +22,7 @@ from memdec.evaluation.summary import ADAPTIVE
 from memdec.modeling.gate import Gate
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import load_model, load_tokenizer
-from memdec.ops import knn_scatter
+from memdec.ops import fused_interpolate, knn_scatter
 from memdec.training.adapt import AdaptConfig, adapt
 
 
@@ -244,10 +244,88 @@ def test_a_datastore_of_another_teacher_is_refused(config, tmp_path):
         ({"lmbda": 1.5}, r"lmbda must be in \[0, 1\], got 1.5"),
         ({"targets": None}, "needs both datastore and targets"),
         ({"others": ("joint=x",)}, "names of their own, got 'joint=x'"),
-        ({"others": ("x",)}, "must be name=directory"),
+        ({"others": ("x",)}, "others must be name=path"),
+        ({"outside": ("x=a", "x=b")}, "outside must be name=path with names of their own"),
         ({"bootstrap": 0}, "bootstrap must be at least 1"),
     ],
 )
 def test_bad_options_are_refused(changes, message, config):
     with pytest.raises(MemdecError, match=message):
         dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(config, tmp_path_factory) -> tuple[EvalConfig, Path]:
+    """An evaluation with a short text outside the domain and one longer than the split."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    (root / "short.txt").write_text("w1 w3 w2 w50 w9 " * 3)
+    lines = [
+        json.dumps({"text": f"w{number % 60} w{number % 59} w{number % 53} w7"})
+        for number in range(2000)
+    ]
+    (root / "long.jsonl").write_text("\n".join(lines))
+    outside = (f"short={root / 'short.txt'}", f"long={root / 'long.jsonl'}")
+    given = dataclasses.replace(config, others=(), outside=outside)
+    evaluate(given, root / "eval")
+    return given, root / "eval"
+
+
+def test_a_text_outside_the_domain_is_scored_like_the_split(elsewhere, results):
+    config, out = elsewhere
+    found = json.loads((out / "eval.json").read_text())
+    corpus = TokenCorpus.open(config.tokens)
+    text = "w1 w3 w2 w50 w9 " * 3
+    separator = corpus.separator_id
+    ids = [separator, *corpus.tokenizer()(text)["input_ids"], separator]
+    assert found["outside"]["short"]["positions"] == len(ids) - 1
+    assert found["outside"]["long"]["positions"] == found["positions"]  # and no more
+    logits = []
+    for name in (config.base, config.memory):
+        model = load_model(name)
+        with torch.no_grad():
+            blocks = torch.tensor(ids[:-1]).split(config.block_size)
+            logits.append(torch.cat([model(block[None]).logits[0] for block in blocks]))
+    labels = torch.tensor(ids[1:])
+    for name, lmbda in (("base", 0.0), ("memory", 1.0), ("joint", found["lmbda"]["joint"])):
+        mixed = fused_interpolate(*logits, lmbda, vocab_size=corpus.vocab_size)
+        expected = -mixed[torch.arange(len(labels)), labels].mean()
+        row = rows(found)[name]["outside"]["short"]
+        assert row["nll"] == pytest.approx(float(expected), rel=1e-4)
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+    for name, row in rows(found).items():
+        assert set(row["outside"]) == {"short", "long"}
+        inside = {key: value for key, value in row.items() if key != "outside"}
+        before = rows(results)[name]
+        assert inside == {key: before[key] for key in inside}  # nothing else changes
+        assert before["outside"] == {}
+
+
+def test_another_text_outside_the_domain_is_another_evaluation(elsewhere, tmp_path):
+    config, out = elsewhere
+    (tmp_path / "other.txt").write_text("w5 w4 w3")
+    other = dataclasses.replace(config, outside=(f"short={tmp_path / 'other.txt'}",))
+    with pytest.raises(MemdecError, match="was made with input outside-"):
+        evaluate(other, out)
+    (tmp_path / "other.txt").write_text(" ")
+    with pytest.raises(MemdecError, match=r"other.txt holds no text"):
+        evaluate(other, tmp_path / "eval")
+    gone = dataclasses.replace(config, outside=("gone=nowhere",))
+    with pytest.raises(MemdecError, match="found none at nowhere"):
+        evaluate(gone, tmp_path / "eval")
+
+
+def test_what_happens_to_rare_tokens_and_to_function_words(evaluated, results, tiny):
+    by_name = rows(results)
+    assert by_name["base"]["tail_gain"] == by_name["same"]["tail_gain"] == 1
+    corpus = TokenCorpus.open(tiny.tokens)
+    labels = corpus.split("test").read(1, results["positions"] + 1)
+    scores = {n: np.load(evaluated / "scores" / f"test-{n}.npy") for n in ("base", "memory")}
+    change = scores["memory"] - scores["base"]
+    train = corpus.split("train")
+    counts = np.bincount(train.read(0, len(train)), minlength=corpus.vocab_size)[labels]
+    rarest = np.argsort(counts, kind="stable")[: len(labels) // 10]
+    assert by_name["memory"]["tail_gain"] == pytest.approx(
+        np.exp(np.median(change[rarest])), rel=1e-5
+    )
+    # The tokenizer has whole words without their space: no function word is known.
+    assert {row["function_words"] for row in results["rows"]} == {None}
