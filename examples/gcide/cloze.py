@@ -37,7 +37,7 @@ from memdec.ops import token_log_probs
 QUESTIONS = 400  # a task and text at most
 _FEWEST = 20  # a text with less of a task leaves it out
 _BATCH_TOKENS = 1 << 13
-_KNN_K = 512
+KNN_K = 512
 _CALIBRATION = 16384  # positions of validation by which the neighbours are weighed
 
 
@@ -224,7 +224,7 @@ def _beside_neighbours(
 ) -> np.ndarray:
     """The base mixed with neighbours by the adapted teacher's keys, [rows * length]."""
     store, teacher = experiment.datastore("adapted"), experiment.adapted()
-    k = min(_KNN_K, store.size)
+    k = min(KNN_K, store.size)
     positions = min(_CALIBRATION, len(validation))
     keys, _, labels = teacher_forced(teacher, store, experiment.corpus, "validation", positions)
     distances, ids = store.search(keys, k)

@@ -24,6 +24,7 @@ from memdec.data.corpus import PrepareConfig, TokenCorpus, prepare
 from memdec.modeling.loading import load_model
 
 FOLDER = Path(__file__).parents[2] / "examples" / "gcide"
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MEMORY = "2 layers"
 LOOP = {"batch_blocks": 4, "gradient_accumulation": 1, "learning_rate": 3.0e-3}
 SETTINGS = {
@@ -69,6 +70,7 @@ def _modules() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
+        patch.setattr(importlib.import_module("cloze"), "KNN_K", 64)
         yield
     torch.set_num_threads(threads)
 
@@ -262,6 +264,7 @@ def test_every_contender_is_timed(place: Place, monkeypatch: pytest.MonkeyPatch)
     sizes = ("--prompt", "8", "--retrieved", "16", "--new", "4", "--repeats", "1")
     module = importlib.import_module("decoding")
     monkeypatch.setattr(module, "BATCHES", (1, 2))
+    monkeypatch.setattr(module, "KNN_K", 16)
     result = place.run("decoding", *sizes)
     rows = result["decoding"]["rows"]
     assert {(row["path"], row["name"], row["batch"]) for row in rows} == {
@@ -284,16 +287,18 @@ def test_every_contender_is_timed(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert {row["path"] for row in shapes} == {"generate", "graph"}
 
 
-def test_every_path_makes_the_same_tokens(place: Place) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_every_path_makes_the_same_tokens(place: Place, device: str) -> None:
     module: ModuleType = importlib.import_module("decoding")
-    base = load_model(place.base)
+    base = load_model(place.base, device=device)
     torch.manual_seed(1)
-    memory = LlamaForCausalLM(base.config).eval()
+    memory = LlamaForCausalLM(base.config).eval().to(device)
     corpus = TokenCorpus.open(place.tokens)
     pair = MemoryDecoderForCausalLM.from_models(
         base, memory, lmbda=module.LMBDA, tokenizer=corpus.tokenizer()
     )
-    tokens = torch.from_numpy(corpus.split("test").read(0, 48).astype(np.int64)).view(3, 16)
+    tokens = torch.from_numpy(corpus.split("test").read(0, 48).astype(np.int64))
+    tokens = tokens.view(3, 16).to(device)
     for models_, model in (([base], base), ([base, memory], pair)):
         static = module.StaticLoop(models_, corpus.vocab_size)
         wanted = module.generating(model)(tokens, 6)
