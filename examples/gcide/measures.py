@@ -1,4 +1,4 @@
-"""From scores to the columns of the table."""
+"""Perplexity with its interval, from scores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import numpy as np
 from scores import Text
 
 from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
-from memdec.evaluation.measures import function_words, mean_change, median_gain, rarest_decile
-
-__all__ = ["function_words", "mean_change", "median_gain", "perplexity", "rarest_decile"]
 
 SAMPLES = 1000
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from experiment import Experiment
-from measures import function_words, mean_change, median_gain, perplexity, rarest_decile
+from measures import perplexity
 from retrieval import documents, score_retrieved
 
 from memdec.data.calibration import choose, teacher_forced
@@ -15,6 +15,7 @@ from memdec.data.datastore import Datastore
 from memdec.data.targets import SEARCHED
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
+from memdec.evaluation.measures import function_words, mean_change, median_gain, rarest_decile
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import load_model, load_shape
 
