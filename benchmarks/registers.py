@@ -62,7 +62,7 @@ def main() -> None:
     print(f"nvcc {release[1] if release else '?'}, {ARCH}, by `python benchmarks/registers.py`.\n")
     print("| file | kernel | registers | bytes spilled, stored / loaded | static shared bytes |")
     print("|---|---|---|---|---|")
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in sorted((ROOT / "csrc").glob("*/*.cu")):
         for kernel, registers, stores, loads, shared in report(source):
             spilled = f"{stores} / {loads}" if stores or loads else "none"
             print(f"| {source.name} | `{kernel}` | {registers} | {spilled} | {shared} |")
