@@ -20,6 +20,7 @@ from memdec.machine import Machine
 from memdec.search_needs import IndexNeed, IndexNeeds
 
 _RESERVE = 1 << 30  # what the process needs before anything is loaded, and torch on a GPU
+_CUDA_RESERVE = 1 << 30  # of the host, for a process that uses a GPU
 # The share of the matrix product's rate that forward, training and search reach, by device.
 _REACHED = {"cpu": (0.8, 0.75, 0.65), "cuda": (0.16, 0.12, 0.5)}
 _CHARACTERS_A_SECOND = 2e6  # that a tokenizer reads
@@ -264,9 +265,8 @@ class _Estimator:
     ) -> Need:
         """`device` is the GPU's memory, or the host's where there is none."""
         if self.machine.device == "cuda":
-            return Need(
-                stage, disk, host + _RESERVE, device + _RESERVE, seconds, working_disk, note
-            )
+            host += _RESERVE + _CUDA_RESERVE
+            return Need(stage, disk, host, device + _RESERVE, seconds, working_disk, note)
         return Need(stage, disk, host + device + _RESERVE, 0, seconds, working_disk, note)
 
 

@@ -14,6 +14,7 @@ from memdec.machine import Machine
 _WORKSPACE = 3 << 29  # that FAISS sets aside on each GPU
 _PADDING = 16  # keys a list, which a GPU holds in groups of 32
 _ROUNDS = 10  # of FAISS's clustering
+_GROWTH = 2  # a list that is full moves to twice the room
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class IndexNeeds:
             return IndexNeed(0.0)
         lists = index_cost(self.spec, self.size, self.width)[1]
         sample = training_keys(lists, self.size)
-        host = self.bytes + 8 * sample * self.width  # the sample in two types at once
+        # The sample in two types at once, then the lists.
+        host = _GROWTH * self.bytes + 8 * sample * self.width
         operations = 2 * (_ROUNDS * sample + self.size) * lists * self.width
         device = _WORKSPACE + 4 * lists * self.width
         helped = plain_lists(make_index(self.spec, self.width)) is not None
