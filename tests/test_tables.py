@@ -25,7 +25,11 @@ PAGES = {
         BENCHMARKS,
         [path for path in RESULTS.glob("*.json") if path not in OF_THE_TEACHER],
     ),
-    "gcide.md": (GCIDE / "table.py", [GCIDE / "results" / "h100.json"]),
+    "gcide.md": (
+        GCIDE / "table.py",
+        [GCIDE / "results" / f"{run}.json" for run in ("h100", "h200")],
+    ),
+    "gcide-more.md": (GCIDE / "part_tables.py", [GCIDE / "results" / "parts-h200.json"]),
     "tutorial.md": (ROOT / "examples" / "table.py", [WORDNET / "two-cores.json"]),
 }
 

@@ -1,6 +1,6 @@
 """Prints the tables of docs/gcide-more.md from a result of cloze.py, bases.py, transfer.py, decoding.py.
 
-python examples/gcide/part_tables.py examples/gcide/results/parts.json [part ...]
+python examples/gcide/part_tables.py examples/gcide/results/parts-h200.json [part ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prints the tables of results of run.py: the rows, their cost, and how far the goals are.
 
-    python examples/gcide/table.py examples/gcide/results/*.json
+    python examples/gcide/table.py examples/gcide/results/h*.json
 
 Results that differ in their seed alone are one: the tables are those of the least seed, and one more
 gives mean and standard deviation over the seeds.

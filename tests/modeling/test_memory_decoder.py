@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, saved, tiny_config, tiny_model, tiny_tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -227,6 +228,38 @@ def test_the_cache_changes_nothing(base: str, memory: str, options: dict) -> Non
         torch.manual_seed(3)
         results.append(generate(model, ids, use_cache=use_cache, **options).tolist())
     assert results[0] == results[1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_of_a_token(model: Any, rows: int) -> int:
+    counts = []
+    for steps in (4, 5):
+        with Operations() as operations:
+            generate(model, prompt(rows), steps)
+        counts.append(operations.count)
+    return counts[1] - counts[0]
+
+
+def test_a_token_costs_what_both_models_cost_whatever_the_batch() -> None:
+    """Where launches are what takes the time, more of them would be the pair's own loss."""
+    model = pair()
+    apart = [operations_of_a_token(one, 1) for one in (model.base, model.memory)]
+    together = [operations_of_a_token(model, rows) for rows in (1, 32)]
+    assert together[0] == together[1]
+    assert max(apart) < together[0] < sum(apart)
 
 
 def test_beams_find_what_greedy_misses() -> None:
