@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from part import documents, memory_setting, open_experiment, parser, write_part
+from part import memory_setting, part_parser, write_part
 from questions import OPTIONS, TASKS, Question, make_questions
+from scores import documents
 from transformers import PreTrainedModel
 
 from memdec.console import Progress, say
@@ -89,7 +91,7 @@ class Sequences:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = part_parser(__doc__.splitlines()[0])
     options.add_argument("--questions", type=int, default=QUESTIONS, help="a task and text at most")
     options.add_argument("--write", type=Path, help="folder for the questions, as harness.py reads")
     options = options.parse_args(arguments)

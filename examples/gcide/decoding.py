@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from part import memory_setting, open_experiment, parser, write_part
+from part import memory_setting, part_parser, write_part
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, StaticCache
 
@@ -57,7 +58,7 @@ class Lengths:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = part_parser(__doc__.splitlines()[0])
     options.add_argument("--shapes", action="store_true", help="time Qwen2.5's shapes instead")
     options.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     options.add_argument("--retrieved", type=int, default=512, help="tokens retrieved before it")

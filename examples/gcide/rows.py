@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from experiment import Experiment
-from measures import perplexity
-from retrieval import documents, score_retrieved
+from retrieval import score_retrieved
+from scores import documents, perplexity
 
 from memdec.data.calibration import choose, teacher_forced
 from memdec.data.datastore import Datastore
@@ -111,7 +111,7 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
     found = experiment.retrieved(setting["stride"], setting["query_tokens"])
     corpus, how = experiment.corpus, experiment.how
     model = load_model(experiment.base, device=experiment.device, dtype=setting["dtype"])
-    entries = documents(corpus.split("train"), corpus.separator_id)
+    entries = documents(corpus.split("train"))
 
     def scored(name: str, room: int, positions: int | None = None) -> np.ndarray:
         text, pieces = experiment.texts[name], found[name]

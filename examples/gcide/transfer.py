@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from part import documents, held_out, memory_setting, open_experiment, parser, write_part
+from part import held_out, memory_setting, part_parser, write_part
 from sampled import extend_with_samples
+from scores import documents
 from transformers import AutoModelForCausalLM
 
 from memdec.console import say
@@ -45,7 +47,7 @@ Texts = dict[str, list[str]]  # documents by split
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = part_parser(__doc__.splitlines()[0])
     options.add_argument("--tokenizer", required=True, help="directory of the other tokenizer")
     options.add_argument("--share", type=float, default=0.1, help="of the memory's own training")
     options.add_argument(

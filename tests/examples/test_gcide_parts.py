@@ -252,9 +252,9 @@ def test_a_memory_moves_to_another_tokenizer(place: Place) -> None:
     joint = {row["name"]: row["bits"] for row in found["joint"]["rows"]}
     assert joint["means"] < found["joint"]["base"]
     before, after = TokenCorpus.open(place.tokens), place.root / "work" / "transfer" / "tokens"
-    part = importlib.import_module("part")
+    documents = importlib.import_module("scores").documents
     texts = [
-        [corpus.tokenizer().decode(one) for one in part.documents(corpus.split("test"))]
+        [corpus.tokenizer().decode(one) for one in documents(corpus.split("test"))]
         for corpus in (before, TokenCorpus.open(after))
     ]
     assert texts[0] == texts[1]
