@@ -32,7 +32,8 @@ from memdec.data.calibration import choose, teacher_forced
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.exact import ExactIndex
-from memdec.data.index import EXACT, FaissIndex, choose_index, load_faiss
+from memdec.data.faiss_index import FaissIndex
+from memdec.data.index import EXACT, choose_index, load_faiss
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
 from memdec.evaluation.knn_lm import knn_label_log_probs
