@@ -23,8 +23,9 @@ from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
 from memdec.data.targets import TargetsConfig, TargetStore, targets
 from memdec.errors import MemdecError
-from memdec.evaluation.evaluate import EvalConfig, evaluate
+from memdec.evaluation.evaluate import evaluate
 from memdec.evaluation.forward import label_scores
+from memdec.evaluation.options import EvalConfig
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import load_model
 from memdec.training.adapt import AdaptConfig, adapt

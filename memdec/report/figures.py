@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memdec.evaluation.evaluate import ADAPTIVE
+from memdec.evaluation.options import JOINT_ADAPTIVE
 from memdec.evaluation.outside import stream_name
 
 # Mid-tones that can be told apart, by colour-blind readers too, on white and on near-black.
@@ -62,7 +62,7 @@ def outside_curve(results: Mapping[str, Any]) -> str:
         ratios = [point / points[0] for point in points]
         axes.plot(curves["lmbda"], ratios, color=colour, label=text)
         highest = max([highest, *(ratio for ratio in ratios if not math.isnan(ratio))])
-        gated = rows.get(ADAPTIVE)
+        gated = rows.get(JOINT_ADAPTIVE)
         if gated is not None:
             found = gated if text == split else gated["outside"][text]
             ratio = found["perplexity"] / points[0]
