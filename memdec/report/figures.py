@@ -29,8 +29,10 @@ def lmbda_curve(results: Mapping[str, Any]) -> str:
     perplexity = {row["name"]: row["perplexity"] for row in results["rows"]}
     base = perplexity["base"]
     figure, axes = _figure("lmbda (0 is the base alone)", "perplexity")
-    axes.axhline(base, color=COLOURS["base"], linewidth=1, linestyle=":", label="base")
-    drawn = [base]
+    drawn = []
+    if base is not None:
+        axes.axhline(base, color=COLOURS["base"], linewidth=1, linestyle=":", label="base")
+        drawn.append(base)
     for name in ("joint", "kNN-LM"):
         if name not in curves:
             continue
@@ -42,7 +44,9 @@ def lmbda_curve(results: Mapping[str, Any]) -> str:
             chosen = results["lmbda"][name]
             axes.plot([chosen], [perplexity[name]], "o", color=COLOURS[name], markersize=7)
     # At lmbda 1 a kNN-LM may give a label no mass at all: the interesting part is near the base.
-    axes.set_ylim(0.9 * min(drawn), min(1.02 * max(drawn), 1.6 * base))
+    if drawn:
+        highest = 1.02 * max(drawn)
+        axes.set_ylim(0.9 * min(drawn), highest if base is None else min(highest, 1.6 * base))
     return _svg(figure, axes, "lmbda")
 
 
@@ -65,9 +69,10 @@ def outside_curve(results: Mapping[str, Any]) -> str:
         gated = rows.get(JOINT_ADAPTIVE)
         if gated is not None:
             found = gated if text == split else gated["outside"][text]
-            ratio = found["perplexity"] / points[0]
-            label = f"{text}, a lmbda a token"
-            axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
+            if found["perplexity"] is not None:
+                label = f"{text}, a lmbda a token"
+                ratio = found["perplexity"] / points[0]
+                axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
     axes.axvline(results["lmbda"]["joint"], color=COLOURS["base"], linewidth=1, linestyle=":")
     axes.set_ylim(0, min(1.05 * highest, 3))
     return _svg(figure, axes, "outside")
