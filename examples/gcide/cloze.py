@@ -25,7 +25,6 @@ from scores import documents
 from transformers import PreTrainedModel
 
 from memdec.console import Progress, say
-from memdec.data.calibration import choose, teacher_forced
 from memdec.data.datastore import Datastore
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import fit_gate, gate_lmbda
@@ -39,7 +38,6 @@ from memdec.ops import token_log_probs
 QUESTIONS = 400  # a task and text at most
 _FEWEST = 20  # a text with less of a task leaves it out
 _BATCH_TOKENS = 1 << 13
-KNN_K = 512
 _CALIBRATION = 16384  # positions of validation by which the neighbours are weighed
 
 
@@ -225,16 +223,14 @@ def _beside_neighbours(
     experiment: Experiment, validation: np.ndarray, base: np.ndarray, sequences: Sequences
 ) -> np.ndarray:
     """The base mixed with neighbours by the adapted teacher's keys, [rows * length]."""
-    store, teacher = experiment.datastore("adapted"), experiment.adapted()
-    k = min(KNN_K, store.size)
-    positions = min(_CALIBRATION, len(validation))
-    keys, _, labels = teacher_forced(teacher, store, experiment.corpus, "validation", positions)
-    distances, ids = store.search(keys, k)
-    tokens = store.neighbor_tokens(ids)
-    chosen = choose(validation[:positions], distances, tokens, labels)
-    dtype = store.artefact.manifest["params"]["dtype"]  # queries as the keys were made
-    model = load_model(teacher, device=experiment.device, dtype=dtype)
-    near = score_neighbours(model, store, sequences, k=k, temperature=chosen["temperature"])
+    chosen = experiment.weigh_neighbours("adapted", validation, _CALIBRATION)
+    near = score_neighbours(
+        experiment.query_model("adapted"),
+        experiment.datastore("adapted"),
+        sequences,
+        k=experiment.neighbours("adapted"),
+        temperature=chosen["temperature"],
+    )
     return mix_log_probs(base, near, chosen["lmbda"])
 
 

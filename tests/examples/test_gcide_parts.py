@@ -70,7 +70,7 @@ def _modules() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
-        patch.setattr(importlib.import_module("cloze"), "KNN_K", 64)
+        patch.setattr(importlib.import_module("experiment"), "KNN_K", 64)
         yield
     torch.set_num_threads(threads)
 
@@ -264,7 +264,6 @@ def test_every_contender_is_timed(place: Place, monkeypatch: pytest.MonkeyPatch)
     sizes = ("--prompt", "8", "--retrieved", "16", "--new", "4", "--repeats", "1")
     module = importlib.import_module("decoding")
     monkeypatch.setattr(module, "BATCHES", (1, 2))
-    monkeypatch.setattr(module, "KNN_K", 16)
     result = place.run("decoding", *sizes)
     rows = result["decoding"]["rows"]
     assert {(row["path"], row["name"], row["batch"]) for row in rows} == {
