@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -75,16 +74,8 @@ def run(tiny, root: Path, *more: str) -> dict:
     return json.loads(Path(path).read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _modules() -> Iterator[None]:
-    """The example's files import one another by name, as a script's do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield
-
-
 @pytest.fixture(scope="module")
-def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
+def results(gcide: None, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
     """The result of a run with a limit, that of the run after it, and where the latter lies."""
     root = tmp_path_factory.mktemp("gcide")
     return run(tiny, root, "--minutes", "100"), run(tiny, root), root / "result.json"
@@ -208,14 +199,6 @@ def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> 
     importlib.import_module("figures").draw(results[2], tmp_path)
     drawn = (tmp_path / "gcide-rows.svg").read_text()
     assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_residual_completes_the_base_to_the_teacher() -> None:

@@ -64,15 +64,10 @@ class Place:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _modules() -> Iterator[None]:
-    """The example's files import one another by name, as a script's do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _few_neighbours(gcide: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
         patch.setattr(importlib.import_module("experiment"), "KNN_K", 64)
         yield
-    torch.set_num_threads(threads)
 
 
 def entry(generator: random.Random, number: int) -> tuple[str, str]:

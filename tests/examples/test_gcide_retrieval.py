@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,11 +16,9 @@ from memdec.modeling.loading import load_model
 BLOCK, STRIDE, ROOM = 32, 8, 14
 
 
-@pytest.fixture(scope="module", autouse=True)
-def retrieval() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "examples" / "gcide")
-        yield importlib.import_module("retrieval")
+@pytest.fixture(scope="module")
+def retrieval(gcide: None) -> ModuleType:
+    return importlib.import_module("retrieval")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def corpus(tiny: ModuleType) -> TokenCorpus:
 
 
 @pytest.fixture(scope="module")
-def text(corpus: TokenCorpus) -> object:
+def text(gcide: None, corpus: TokenCorpus) -> object:
     return importlib.import_module("scores").Text(corpus.split("test"), 200)
 
 
