@@ -18,17 +18,18 @@ def write_prepared(
     separator: int,
     documents: Mapping[str, Sequence[np.ndarray]],
 ) -> None:
-    """Finishes the artefact.
+    """Finishes the artefact; goes on where an earlier run with the same documents was cut off.
 
     Args:
         separator: token id between documents.
         documents: by split; int32 token ids each, without separators.
     """
-    writer.write_directory("tokenizer", tokenizer.save_pretrained)
+    if not writer.has_directory("tokenizer"):
+        writer.write_directory("tokenizer", tokenizer.save_pretrained)
     splits = {}
     for name, split in documents.items():
         stream = StreamWriter(writer, name, separator, SHARD_TOKENS)
-        for tokens in split:
+        for tokens in split[stream.documents_done :]:
             stream.add(tokens)
         splits[name] = {"documents": len(split), **stream.finish()}
     writer.finish(

@@ -15,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from memdec.data.corpus import TokenCorpus
+from memdec.data.artefact import stage
+from memdec.data.corpus import KIND, SPLITS, TokenCorpus
 from memdec.data.sources import Top
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets
@@ -253,3 +254,23 @@ def test_sampling_into_reserved_memory_is_sampling(
         torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert (found == wanted.numpy()).all()
+
+
+def test_prepared_tokens_are_the_same_after_a_run_that_was_cut_off(tiny, tmp_path: Path) -> None:
+    write_prepared = importlib.import_module("prepared").write_prepared
+    corpus = TokenCorpus.open(tiny.tokens)
+    cut_into = importlib.import_module("scores").documents
+    documents = {name: cut_into(corpus.split(name)) for name in SPLITS}
+
+    def write(out: Path, given: dict) -> None:
+        with stage(out, KIND, {}, {}) as writer:
+            write_prepared(writer, corpus.tokenizer(), corpus.separator_id, given)
+
+    with pytest.raises(TypeError):
+        write(tmp_path / "twice", {**documents, "test": [None]})
+    for out in ("once", "twice"):
+        write(tmp_path / out, documents)
+    once, twice = (TokenCorpus.open(tmp_path / out) for out in ("once", "twice"))
+    assert once.fingerprint == twice.fingerprint
+    train = corpus.split("train")
+    assert np.array_equal(twice.split("train").read(0, len(train)), train.read(0, len(train)))
