@@ -69,10 +69,9 @@ def outside_curve(results: Mapping[str, Any]) -> str:
         gated = rows.get(JOINT_ADAPTIVE)
         if gated is not None:
             found = gated if text == split else gated["outside"][text]
-            if found["perplexity"] is not None:
-                label = f"{text}, a lmbda a token"
-                ratio = found["perplexity"] / points[0]
-                axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
+            ratio = _perplexities([found["nll"]])[0] / points[0]
+            label = f"{text}, a lmbda a token"
+            axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
     axes.axvline(results["lmbda"]["joint"], color=COLOURS["base"], linewidth=1, linestyle=":")
     axes.set_ylim(0, min(1.05 * highest, 3))
     return _svg(figure, axes, "outside")
