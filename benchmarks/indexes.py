@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,15 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine_info
 from table import indexes_table
 
-import memdec
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.calibration import choose, teacher_forced
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.exact import ExactIndex
-from memdec.data.index import EXACT, FaissIndex, choose_index, load_faiss
+from memdec.data.faiss_index import FaissIndex
+from memdec.data.index import EXACT, choose_index, load_faiss
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
 from memdec.evaluation.knn_lm import knn_label_log_probs
@@ -98,18 +98,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for row in of_index(options, spec, store, shards, held_out, truth, Path(work)):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    on_gpu = torch.device(options.device).type == "cuda"
     log_probs = held_out["test"][1]
     return {
-        "machine_info": {
-            "device": torch.cuda.get_device_name()
-            if on_gpu
-            else f"CPU, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "faiss": load_faiss().__version__,
-            "python": platform.python_version(),
-            "memdec": memdec.__version__,
-        },
+        "machine_info": machine_info(options.device),
         "setting": (
             f"{store.size:,} keys of width {store.width}, k = {options.k}, settings chosen on "
             f"{len(held_out['validation'][1]):,} positions of validation, "

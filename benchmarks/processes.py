@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine_info
 from table import processes_table
 from teacher import save_model, write_tokens
-from whole import machine_info
 
 _UNITS = {"datastore": "tokens", "targets": "rows"}
 _SAID = re.compile(

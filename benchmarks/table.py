@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sources import kernel_sources_sha256
@@ -19,20 +20,14 @@ def _time(seconds: float) -> str:
 
 
 def table(path: Path) -> str:
-    """One line a case: each contender's median time, share of the floor, speed-up over eager."""
+    """Of a result file, by what it holds."""
     result = json.loads(path.read_text())
-    if "training_step" in result:
-        return training_table(result)
-    if "teacher" in result:
-        return teacher_table(result)
-    if "indexes" in result:
-        return indexes_table(result)
-    if "faults" in result:
-        return faults_table(result)
-    if "whole" in result:
-        return whole_table(result)
-    if "processes" in result:
-        return processes_table(result)
+    (kind,) = TABLES.keys() & result.keys()
+    return TABLES[kind](result)
+
+
+def kernels_table(result: dict) -> str:
+    """One line a case: each contender's median time, share of the floor, speed-up over eager."""
     machine = result["machine_info"]
     cases: dict[tuple[str, str], dict[str, dict]] = {}
     for bench in result["benchmarks"]:
@@ -342,6 +337,16 @@ def _met(reached: float | None, goal: float | None) -> str:
         return ""
     return "yes" if reached >= goal else "no"
 
+
+TABLES: dict[str, Callable[[dict], str]] = {
+    "benchmarks": kernels_table,
+    "training_step": training_table,
+    "teacher": teacher_table,
+    "indexes": indexes_table,
+    "faults": faults_table,
+    "processes": processes_table,
+    "whole": whole_table,
+}
 
 if __name__ == "__main__":
     print("\n\n".join(table(Path(name)) for name in sys.argv[1:]))

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,12 +32,12 @@ import numpy as np
 import torch
 import transformers
 from gpu_busy import GpuBusy
+from machine import file_name, machine_info
 from search import compare, spread
 from table import teacher_table
 from training_step import SMOLLM2_135M, TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import memdec
 from memdec.data import datastore as datastore_module
 from memdec.data import targets as targets_module
 from memdec.data.artefact import stage
@@ -75,7 +74,7 @@ def main() -> None:
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         result = measure(options, Path(work))
-    name = result["machine_info"]["device"].lower().replace(",", "").replace(" ", "-")
+    name = file_name(result["machine_info"]["device"])
     out = options.out or Path(__file__).parent / "results" / f"{name}-teacher.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(teacher_table(result))
@@ -120,15 +119,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     shape = "a tiny model" if options.tiny else "the shape of SmolLM2-135M, random weights"
     files = [path.stat().st_size for path in (work / "targets").rglob("*.safetensors")]
     return {
-        "machine_info": {
-            "device": torch.cuda.get_device_name()
-            if on_gpu
-            else f"CPU, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "memdec": memdec.__version__,
-        },
+        "machine_info": machine_info(),
         "setting": (
             f"{Path(options.model).name if options.model else shape}, {dtype}, "
             f"{'tokens of prepare' if options.tokens else 'random tokens'}, "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,13 +22,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import transformers
 from gpu_busy import GpuBusy
+from machine import file_name, machine_info
 from safetensors.torch import save_file
 from table import training_table
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-import memdec
 from memdec.data.corpus import TokenStream
 from memdec.data.targets import TargetStore
 from memdec.training.batch_targets import BatchTargets, NoTargets, StoredTargets
@@ -95,16 +93,10 @@ def main() -> None:
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
                 print(rows[-1], flush=True)
     on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    machine = machine_info()
     model = "a tiny model" if options.tiny else "135 M parameters"
     result = {
-        "machine_info": {
-            "device": device,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "memdec": memdec.__version__,
-        },
+        "machine_info": machine,
         "setting": (
             f"{model}, {options.batch} blocks of {options.block_size} tokens a step, "
             f"{options.entries} entries a target row, {options.workers} workers, "
@@ -112,7 +104,7 @@ def main() -> None:
         ),
         "training_step": rows,
     }
-    name = device.lower().replace(",", "").replace(" ", "-")
+    name = file_name(machine["device"])
     out = options.out or Path(__file__).parent / "results" / f"training-step-{name}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(training_table(result))

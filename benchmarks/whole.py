@@ -14,10 +14,8 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import importlib.util
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -26,12 +24,12 @@ from typing import Any
 
 import torch
 from gpu_busy import GpuBusy
+from machine import machine_info
 from table import whole_table
 
 from memdec.build import OWN as OF_A_BUILD
 from memdec.build import BuildConfig, plan, refuse_strangers
 from memdec.console import say
-from memdec.info import sections
 from memdec.plan import make_plan, misfits
 
 _SECONDS_BETWEEN_NOTES = 2.0
@@ -159,27 +157,6 @@ def outcome(out: Path) -> dict[str, Any]:
 
 def bytes_in(folder: Path, ending: str = "") -> int:
     return sum(p.stat().st_size for p in folder.rglob(f"*{ending}") if p.is_file())
-
-
-def machine_info() -> dict[str, str]:
-    on_gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "device": name,
-        **sections()["versions"],
-        "python": platform.python_version(),
-        **faiss(),
-    }
-
-
-def faiss() -> dict[str, str]:
-    if importlib.util.find_spec("faiss") is None:
-        return {}
-    from memdec.data.faiss_gpu import gpus_of
-    from memdec.data.index import load_faiss
-
-    where = "GPU" if torch.cuda.is_available() and gpus_of("cuda") else "CPU"
-    return {"faiss": f"{load_faiss().__version__} on the {where}"}
 
 
 def _without_paths(stage: dict[str, Any] | None) -> dict[str, Any] | None:

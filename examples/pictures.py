@@ -6,15 +6,15 @@ python examples/pictures.py examples/wordnet/results/two-cores.json docs/tutoria
 from __future__ import annotations
 
 import html
+import itertools
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from memdec.report.figures import gains_by_frequency, lmbda_curve, outside_curve, training_curve
-from memdec.report.passage import LESS, MORE
+from memdec.report.passage import gains, tint
 
 # On a page of its own there is no text colour to follow: a grey that reads on both grounds.
 GREY = "#767c85"
@@ -39,17 +39,18 @@ def draw(result: Mapping[str, Any], prefix: str) -> None:
 def passage(passage: Mapping[str, Any]) -> str:
     """The head of the held-out passage, each token on the colour of what the memory added."""
     parts, row, column = [], 0, 0
-    for index, token in enumerate(passage["tokens"][:TOKENS]):
+    tokens = zip(passage["tokens"], gains(passage), strict=True)
+    for token, gain in itertools.islice(tokens, TOKENS):
         shown = token.replace("\n", "") or "\N{RETURN SYMBOL}"
         if column + len(shown) > COLUMNS:
             row, column = row + 1, 0
-        gain = math.log(max(passage["joint"][index], 1e-30) / max(passage["base"][index], 1e-30))
-        colour = ",".join(map(str, MORE if gain > 0 else LESS))
+        rgb, opacity = tint(gain)
+        colour = ",".join(map(str, rgb))
         left, top = ADVANCE * column, LINE * row
         width = ADVANCE * len(shown)
         parts.append(
             f'<rect x="{left:g}" y="{top}" width="{width:g}" height="{LINE - 2}" rx="3" '
-            f'fill="rgb({colour})" fill-opacity="{0.65 * min(abs(gain) / 3, 1):.2f}"/>'
+            f'fill="rgb({colour})" fill-opacity="{opacity:.2f}"/>'
             f'<text x="{left:g}" y="{top + 15}" textLength="{width:g}" xml:space="preserve">'
             f"{html.escape(shown)}</text>"
         )

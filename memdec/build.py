@@ -105,7 +105,8 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
     from memdec.data.datastore import DatastoreConfig, datastore
     from memdec.data.documents import text_files
     from memdec.data.targets import SEARCHED, TargetsConfig, targets
-    from memdec.evaluation.evaluate import EvalConfig, evaluate
+    from memdec.evaluation.evaluate import evaluate
+    from memdec.evaluation.options import EvalConfig
     from memdec.training.adapt import AdaptConfig, adapt
     from memdec.training.distill import TrainConfig, train
 

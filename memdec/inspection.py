@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs
     from memdec.data.corpus import TokenStream
     from memdec.data.datastore import Datastore
     from memdec.data.targets import TargetStore
+    from memdec.evaluation.inspection import Inspection
 
 _LONGEST_BLOCK = 1024
 
@@ -67,46 +67,6 @@ class InspectConfig(PairConfig):
             require(writable, name, "a file in a directory that exists", str(path))
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A text token by token.
-
-    Attributes:
-        tokens: what each token adds to the text.
-        ids: of the tokens.
-        log_probs: [tokens] each, in nats: ``base``, ``kNN-LM`` (with a datastore), ``memory`` and
-            ``joint``.
-        lmbda: the memory's weight at each token.
-        adaptive: whether a gate chose it.
-    """
-
-    tokens: list[str]
-    ids: list[int]
-    log_probs: dict[str, np.ndarray]
-    lmbda: np.ndarray
-    adaptive: bool
-
-    @property
-    def gains(self) -> np.ndarray:
-        """Change of log-probability, joint minus base, in nats."""
-        return self.log_probs["joint"] - self.log_probs["base"]
-
-    @property
-    def perplexity(self) -> dict[str, float]:
-        """By row; infinite where a token has probability 0."""
-        with np.errstate(over="ignore"):
-            return {name: float(np.exp(-row.mean())) for name, row in self.log_probs.items()}
-
-    def listed(self, top: int | None) -> list[int]:
-        """Which tokens a table lists: all, or the `top` largest gains, then the largest losses."""
-        if top is None:
-            return list(range(len(self.tokens)))
-        order = np.argsort(-self.gains, kind="stable").tolist()
-        gained = [index for index in order if self.gains[index] > 0]
-        lost = [index for index in reversed(order) if self.gains[index] < 0]
-        return [*gained[:top], *lost[:top]]
-
-
 def inspect(config: InspectConfig) -> Inspection:
     """Prints a table of the text's tokens to standard output; writes the page and the numbers.
 
@@ -119,6 +79,7 @@ def inspect(config: InspectConfig) -> Inspection:
             model's context; a datastore of another teacher, or targets of another datastore.
     """
     from memdec.data.corpus import separator_id
+    from memdec.evaluation.inspection import Inspection
     from memdec.evaluation.passage import pieces
     from memdec.report.inspection import print_inspection, write_inspection
 
@@ -136,7 +97,7 @@ def inspect(config: InspectConfig) -> Inspection:
     if config.html is not None:
         write_inspection(inspection, config.html, config.top)
     if config.json is not None:
-        config.json.write_text(json.dumps(_numbers(inspection), allow_nan=False) + "\n")
+        config.json.write_text(json.dumps(inspection.to_mapping(), allow_nan=False) + "\n")
     print_inspection(inspection, config.top)
     return inspection
 
@@ -260,20 +221,3 @@ def _knn_lmbda(config: InspectConfig, targets: TargetStore) -> float:
 def _context(model: PreTrainedModel) -> int:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return _LONGEST_BLOCK if limit is None else limit
-
-
-def _numbers(inspection: Inspection) -> dict[str, Any]:
-    """JSON of an inspection: None stands for the logarithm of 0, and for an infinite perplexity."""
-
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    return {
-        "perplexity": {name: finite(value) for name, value in inspection.perplexity.items()},
-        "tokens": inspection.tokens,
-        "ids": inspection.ids,
-        "lmbda": inspection.lmbda.tolist(),
-        "log_probs": {
-            name: list(map(finite, row.tolist())) for name, row in inspection.log_probs.items()
-        },
-    }

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ class Tiny:
         """A model of the same shape and other weights."""
         _save_model(str(path), seed=1)
         return str(path)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Bytes depend on the number of threads, and models this small gain nothing from a second."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

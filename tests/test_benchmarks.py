@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,16 +90,18 @@ def test_processes(tmp_path):
 
 
 def test_what_nvidia_smi_says(tmp_path, monkeypatch):
-    """A stand-in that is busy with 2 GiB, and once does not know."""
+    """A stand-in that is busy with 2 GiB, and once does not know; of any other GPU it knows nothing."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
-        f"#!/bin/sh\nif [ -e {tmp_path}/asked ]; then echo '50, 2048'; else echo '[N/A], 1'; fi\n"
+        f"#!/bin/sh\n[ $2 = GPU-own ] || exit 6\nif [ -e {tmp_path}/asked ]; then echo '50, 2048'; else echo '[N/A], 1'; fi\n"
         f"touch {tmp_path}/asked\n"
     )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    own = SimpleNamespace(uuid="own")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: own)
     gpu = importlib.import_module("gpu_busy").GpuBusy()
     begin = time.perf_counter()
     with gpu.watch():

@@ -34,7 +34,8 @@ from memdec.data.corpus import PrepareConfig, prepare
 from memdec.data.datastore import DatastoreConfig, datastore
 from memdec.data.targets import TargetsConfig, targets
 from memdec.errors import MemdecError
-from memdec.evaluation.evaluate import EvalConfig, evaluate
+from memdec.evaluation.evaluate import evaluate
+from memdec.evaluation.options import EvalConfig
 from memdec.training.adapt import AdaptConfig, adapt
 from memdec.training.distill import TrainConfig, train
 

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
 from memdec.data.targets import TargetsConfig, TargetStore, targets
 from memdec.errors import MemdecError
-from memdec.evaluation.evaluate import EvalConfig, evaluate
+from memdec.evaluation.evaluate import evaluate
 from memdec.evaluation.forward import label_scores
+from memdec.evaluation.options import EvalConfig
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import load_model
 from memdec.training.adapt import AdaptConfig, adapt
@@ -33,13 +33,7 @@ from memdec.training.distill import TrainConfig, train
 VOCABULARY = 62
 ISOLATED = {"isolate_documents": True}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])

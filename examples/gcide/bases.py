@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from measures import perplexity
-from part import held_out, memory_setting, open_experiment, parser, write_part
+from part import held_out, memory_setting, part_parser, write_part
+from scores import perplexity
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +33,7 @@ ByText = dict[str, np.ndarray]  # log p(label) on validation and test
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args(arguments)
+    options = part_parser(__doc__.splitlines()[0]).parse_args(arguments)
     experiment = open_experiment(options)
     path = experiment.memory(memory_setting(experiment, options.memory))
     memory = _log_probs(experiment, load_model(path, device=experiment.device))

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from part import documents, memory_setting, open_experiment, parser, write_part
+from part import memory_setting, part_parser, write_part
 from questions import OPTIONS, TASKS, Question, make_questions
+from scores import documents
 from transformers import PreTrainedModel
 
 from memdec.console import Progress, say
-from memdec.data.calibration import choose, teacher_forced
 from memdec.data.datastore import Datastore
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import fit_gate, gate_lmbda
@@ -37,7 +38,6 @@ from memdec.ops import token_log_probs
 QUESTIONS = 400  # a task and text at most
 _FEWEST = 20  # a text with less of a task leaves it out
 _BATCH_TOKENS = 1 << 13
-KNN_K = 512
 _CALIBRATION = 16384  # positions of validation by which the neighbours are weighed
 
 
@@ -89,7 +89,7 @@ class Sequences:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = part_parser(__doc__.splitlines()[0])
     options.add_argument("--questions", type=int, default=QUESTIONS, help="a task and text at most")
     options.add_argument("--write", type=Path, help="folder for the questions, as harness.py reads")
     options = options.parse_args(arguments)
@@ -223,16 +223,14 @@ def _beside_neighbours(
     experiment: Experiment, validation: np.ndarray, base: np.ndarray, sequences: Sequences
 ) -> np.ndarray:
     """The base mixed with neighbours by the adapted teacher's keys, [rows * length]."""
-    store, teacher = experiment.datastore("adapted"), experiment.adapted()
-    k = min(KNN_K, store.size)
-    positions = min(_CALIBRATION, len(validation))
-    keys, _, labels = teacher_forced(teacher, store, experiment.corpus, "validation", positions)
-    distances, ids = store.search(keys, k)
-    tokens = store.neighbor_tokens(ids)
-    chosen = choose(validation[:positions], distances, tokens, labels)
-    dtype = store.artefact.manifest["params"]["dtype"]  # queries as the keys were made
-    model = load_model(teacher, device=experiment.device, dtype=dtype)
-    near = score_neighbours(model, store, sequences, k=k, temperature=chosen["temperature"])
+    chosen = experiment.weigh_neighbours("adapted", validation, _CALIBRATION)
+    near = score_neighbours(
+        experiment.query_model("adapted"),
+        experiment.datastore("adapted"),
+        sequences,
+        k=experiment.neighbours("adapted"),
+        temperature=chosen["temperature"],
+    )
     return mix_log_probs(base, near, chosen["lmbda"])
 
 

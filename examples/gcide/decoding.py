@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from part import memory_setting, open_experiment, parser, write_part
+from part import memory_setting, part_parser, write_part
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, StaticCache
 
@@ -36,7 +37,7 @@ from memdec.ops import interpolate_sample
 
 BATCHES = (1, 32)
 LMBDA = 0.7  # no time depends on it
-KNN_K, KNN_TEMPERATURE = 512, 10.0
+KNN_TEMPERATURE = 10.0
 QWEN_7B = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
 QWEN_7B |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
 QWEN_05B = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
@@ -57,7 +58,7 @@ class Lengths:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = part_parser(__doc__.splitlines()[0])
     options.add_argument("--shapes", action="store_true", help="time Qwen2.5's shapes instead")
     options.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     options.add_argument("--retrieved", type=int, default=512, help="tokens retrieved before it")
@@ -93,7 +94,7 @@ def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterato
         ("generate", "base and memory", generating(pair)),
         ("loop", "base", looping(base)),
         ("loop", "base and memory", looping(pair)),
-        ("loop", "kNN-LM", NeighbourLoop(base, store)),
+        ("loop", "kNN-LM", NeighbourLoop(base, store, experiment.neighbours("base"))),
         ("graph", "base", StaticLoop([base], width)),
         ("graph", "base and memory", StaticLoop([base, memory], width)),
     ]
@@ -198,10 +199,10 @@ def looping(model: PreTrainedModel) -> Decode:
 class NeighbourLoop:
     """A loop with an exact search for each token (arXiv 1911.00172)."""
 
-    def __init__(self, model: PreTrainedModel, store: Datastore) -> None:
+    def __init__(self, model: PreTrainedModel, store: Datastore, k: int) -> None:
         self.model = model
         self.store = store
-        self.k = min(KNN_K, store.size)
+        self.k = k
 
     @torch.inference_mode()
     def __call__(self, prompts: Tensor, new: int) -> Tensor:

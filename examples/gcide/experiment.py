@@ -19,7 +19,9 @@ from residual import residual_targets
 from retrieval import Pieces, retrieve
 from sampled import extend_with_samples
 from scores import ScoreFile, Text
+from transformers import PreTrainedModel
 
+from memdec.data.calibration import choose, teacher_forced
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
 from memdec.data.targets import SEARCHED, TargetsConfig, TargetStore, targets
@@ -39,6 +41,7 @@ from memdec.training.adapt import AdaptConfig, adapt
 from memdec.training.distill import TrainConfig, train
 
 SCORING_BLOCKS = 8
+KNN_K = 512
 
 
 class Experiment:
@@ -274,14 +277,36 @@ class Experiment:
             file.write(fingerprint, found)
         return found
 
-    def near(self, keys: str, k: int, temperature: float) -> dict[str, np.ndarray]:
+    def neighbours(self, keys: str) -> int:
+        """How many of them count, of the datastore of `keys`."""
+        return min(KNN_K, self.datastore(keys).size)
+
+    def query_model(self, keys: str) -> PreTrainedModel:
+        """The model of a datastore, in the dtype in which the keys were made."""
+        dtype = self.datastore(keys).artefact.manifest["params"]["dtype"]
+        return load_model(self.model(keys), device=self.device, dtype=dtype)
+
+    def weigh_neighbours(self, keys: str, beside: np.ndarray, positions: int) -> dict[str, Any]:
+        """``temperature`` and ``lmbda`` of a kNN-LM, chosen on the head of validation.
+
+        Args:
+            beside: log p(label) on validation of what the neighbours are mixed with.
+            positions: of validation, at most.
+        """
+        store = self.datastore(keys)
+        wanted = min(positions, len(beside))
+        queries, _, labels = teacher_forced(
+            self.model(keys), store, self.corpus, "validation", wanted
+        )
+        distances, ids = store.search(queries, self.neighbours(keys))
+        return choose(beside[: len(queries)], distances, store.neighbor_tokens(ids), labels)
+
+    def near(self, keys: str, temperature: float) -> dict[str, np.ndarray]:
         """Log p(label) among the nearest keys by text; rows at one temperature share a search."""
 
         def run() -> dict[str, np.ndarray]:
-            store = self.datastore(keys)
-            dtype = store.artefact.manifest["params"]["dtype"]  # queries as the keys were made
-            model = load_model(self.model(keys), device=self.device, dtype=dtype)
-            options = {"k": k, "temperature": temperature, **self.how}
+            store, model = self.datastore(keys), self.query_model(keys)
+            options = {"k": self.neighbours(keys), "temperature": temperature, **self.how}
             return {
                 name: score_neighbours(
                     model, text.stream, store, positions=text.positions, **options
@@ -289,7 +314,7 @@ class Experiment:
                 for name, text in self.texts.items()
             }
 
-        return self._once(f"near {keys} {k} {temperature}", run)
+        return self._once(f"near {keys} {temperature}", run)
 
     def retrieved(self, stride: int, query_tokens: int) -> dict[str, Pieces]:
         """Train entries found for every text by BM25."""

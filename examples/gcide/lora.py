@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
 
 from memdec.data.artefact import stage
 from memdec.data.corpus import TokenCorpus
-from memdec.evaluation.forward import label_scores
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.processes import join_processes
-from memdec.training.adapt import AdaptConfig
+from memdec.training.adapt import AdaptConfig, validate_on
 from memdec.training.trainer import best_row, fit
 
 
@@ -36,17 +34,6 @@ def lora(config: AdaptConfig, out: Path, adapter: Mapping[str, Any]) -> int:
     params = {**config.training_params(), "block_size": config.block_size, "adapter": dict(adapter)}
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
 
-    def validate(model: PreTrainedModel) -> dict[str, float]:
-        scores = label_scores(
-            model,
-            corpus.split("validation"),
-            block_size=config.block_size,
-            batch_blocks=config.batch_blocks,
-            vocab_size=corpus.vocab_size,
-        ).log_probs
-        nll = -float(scores.mean(dtype=float))
-        return {"nll": nll, "score": nll}
-
     with stage(out, "lora", params, inputs) as writer:
         model = get_peft_model(
             load_model(config.model), LoraConfig(task_type="CAUSAL_LM", **adapter)
@@ -63,7 +50,7 @@ def lora(config: AdaptConfig, out: Path, adapter: Mapping[str, Any]) -> int:
             corpus.split("train"),
             config,
             block_size=config.block_size,
-            validate=validate,
+            validate=validate_on(corpus.split("validation"), config),
         )
 
         def merge(path: Path) -> None:

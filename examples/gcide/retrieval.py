@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scores import Text
+from scores import Text, documents
 from transformers import PreTrainedModel
 
 from memdec.console import Progress
 from memdec.data.artefact import stage
-from memdec.data.corpus import TokenCorpus, TokenStream
+from memdec.data.corpus import TokenCorpus
 from memdec.ops import token_log_probs
 
 MOST_FOUND = 24  # entries a piece; more than fit into half a block of 1024
@@ -114,7 +114,7 @@ class _Search:
         self._bm25s = bm25s
         self._tokenizer = corpus.tokenizer()
         self._index = bm25s.BM25()
-        entries = documents(corpus.split("train"), corpus.separator_id)
+        entries = documents(corpus.split("train"))
         self._index.index(self._words(entries), show_progress=False)
         self._most = min(MOST_FOUND, len(entries))
 
@@ -139,14 +139,6 @@ class _Search:
         return self._bm25s.tokenize(texts, **options)
 
 
-def documents(stream: TokenStream, separator: int) -> list[np.ndarray]:
-    """The tokens of each document, without separators."""
-    tokens = stream.read(0, len(stream))
-    starts = stream.documents
-    stops = [*(starts[1:] - 1), len(tokens) - 1]
-    return [tokens[start:stop] for start, stop in zip(starts, stops, strict=True)]
-
-
 def score_retrieved(
     model: PreTrainedModel,
     text: Text,
@@ -163,7 +155,7 @@ def score_retrieved(
     """Log p(label), float32 [positions].
 
     Args:
-        entries: the train split's :func:`documents`.
+        entries: the train split's :func:`scores.documents`.
         alone: the base's, [positions]; of pieces for which nothing was found.
         room: tokens of a context for what was found; an entry that is longer is cut.
     """

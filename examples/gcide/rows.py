@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from experiment import Experiment
-from measures import perplexity
-from retrieval import documents, score_retrieved
+from retrieval import score_retrieved
+from scores import documents, perplexity
 
-from memdec.data.calibration import choose, teacher_forced
-from memdec.data.datastore import Datastore
 from memdec.data.targets import SEARCHED
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
@@ -19,7 +18,6 @@ from memdec.evaluation.measures import function_words, mean_change, median_gain,
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import load_model, load_shape
 
-KNN_K = 512
 CALIBRATION = 8192  # positions of validation on which a temperature is chosen
 HEAD = 16384  # positions of validation on which the room for retrieved entries is chosen
 
@@ -39,30 +37,21 @@ def base_row(experiment: Experiment, setting: Setting) -> Row:
 def adapted_row(experiment: Experiment, setting: Setting) -> Row:
     """The teacher by itself is full fine-tuning; beside the base it is a memory like any other."""
     model = experiment.adapted()
-    return {
-        "stage_seconds": {"train": experiment.seconds("adapt")},
-        "curve": experiment.curve("adapt"),
-    } | _model_row(experiment, setting, model)
+    return _training(experiment, "adapt") | _model_row(experiment, setting, model)
 
 
 def tuned_row(experiment: Experiment, setting: Setting) -> Row:
     """Fine-tuning with other options than the teacher's."""
     model = experiment.tuned(setting)
-    folder = experiment.folder(setting)
-    return {
-        "stage_seconds": {"train": experiment.seconds(folder)},
-        "curve": experiment.curve(folder),
-    } | _model_row(experiment, setting, model)
+    training = _training(experiment, experiment.folder(setting))
+    return training | _model_row(experiment, setting, model)
 
 
 def lora_row(experiment: Experiment, setting: Setting) -> Row:
     """The base with an adapter merged into it; the parameters are the adapter's."""
     model, parameters = experiment.lora(setting)
-    folder = experiment.folder(setting)
-    return {
-        "stage_seconds": {"train": experiment.seconds(folder)},
-        "curve": experiment.curve(folder),
-    } | _model_row(experiment, setting, model, parameters=parameters)
+    training = _training(experiment, experiment.folder(setting))
+    return training | _model_row(experiment, setting, model, parameters=parameters)
 
 
 def ensemble_row(experiment: Experiment, setting: Setting) -> Row:
@@ -75,14 +64,17 @@ def ensemble_row(experiment: Experiment, setting: Setting) -> Row:
 
 def memory_row(experiment: Experiment, setting: Setting) -> Row:
     model = experiment.memory(setting)
-    folder = experiment.folder(setting)
+    training = _training(experiment, experiment.folder(setting))
+    training["stage_seconds"] |= _seconds_before(experiment, setting)
+    return training | _model_row(experiment, setting, model)
+
+
+def _training(experiment: Experiment, folder: str | Path) -> Row:
+    """What a training left in its folder."""
     return {
-        "stage_seconds": {
-            "train": experiment.seconds(folder),
-            **_seconds_before(experiment, setting),
-        },
+        "stage_seconds": {"train": experiment.seconds(folder)},
         "curve": experiment.curve(folder),
-    } | _model_row(experiment, setting, model)
+    }
 
 
 def _seconds_before(experiment: Experiment, setting: Setting) -> dict[str, float]:
@@ -111,7 +103,7 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
     found = experiment.retrieved(setting["stride"], setting["query_tokens"])
     corpus, how = experiment.corpus, experiment.how
     model = load_model(experiment.base, device=experiment.device, dtype=setting["dtype"])
-    entries = documents(corpus.split("train"), corpus.separator_id)
+    entries = documents(corpus.split("train"))
 
     def scored(name: str, room: int, positions: int | None = None) -> np.ndarray:
         text, pieces = experiment.texts[name], found[name]
@@ -146,15 +138,14 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
 
 def knn_row(experiment: Experiment, setting: Setting) -> Row:
     """Neighbours mixed with the base, or with the adapted model; gated by the evidence alone."""
-    store = experiment.datastore(setting["keys"])
     keys_model = experiment.model(setting["keys"])
     beside = _label_scores(
         experiment.scores(setting["beside"], experiment.model(setting["beside"]))
     )
     base = _label_scores(experiment.scores("base", experiment.base))
-    k = min(KNN_K, store.size)
-    temperature = _temperature(experiment, store, keys_model, beside["validation"], k)
-    near = experiment.near(setting["keys"], k, temperature)
+    chosen = experiment.weigh_neighbours(setting["keys"], beside["validation"], CALIBRATION)
+    temperature = float(chosen["temperature"])
+    near = experiment.near(setting["keys"], temperature)
     lmbda, _ = best_lmbda(beside["validation"], near["validation"])
     joint = {name: mix_log_probs(beside[name], near[name], lmbda) for name in near}
     block_size = experiment.how["block_size"]
@@ -232,17 +223,6 @@ def _label_scores(scores: Mapping[str, LabelScores]) -> ByText:
 
 def _scores_name(setting: Setting) -> str:
     return "adapted" if setting["kind"] == "adapted" else setting["name"]
-
-
-def _temperature(
-    experiment: Experiment, store: Datastore, model: str, beside: np.ndarray, k: int
-) -> float:
-    """The one at which neighbours and what they stand beside are best on the head of validation."""
-    wanted = min(CALIBRATION, len(beside))
-    keys, _, labels = teacher_forced(model, store, experiment.corpus, "validation", wanted)
-    distances, ids = store.search(keys, k)
-    tokens = store.neighbor_tokens(ids)
-    return float(choose(beside[: len(keys)], distances, tokens, labels)["temperature"])
 
 
 def _perplexities(experiment: Experiment, log_probs: ByText) -> dict[str, Any]:

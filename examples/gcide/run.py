@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from command import open_experiment, parser, write_result
 from experiment import Experiment
 from rows import ROWS
 
@@ -37,17 +36,8 @@ from memdec.errors import MemdecError
 def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     options = _options(arguments)
-    settings = yaml.safe_load(options.settings.read_text())
-    outside = dict(text.split("=", 1) for text in options.outside)
-    experiment = Experiment(
-        settings,
-        options.base,
-        options.tokens,
-        outside,
-        options.work,
-        options.device,
-        options.seed,
-    )
+    experiment = open_experiment(options, options.seed)
+    settings = experiment.settings
     result = _open_result(options.result, experiment)
     done = {row["name"]: row for row in result["rows"]}
     failed = []
@@ -75,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done[name] = {"name": name, "setting": setting, "seconds": seconds, **row}
         known = [one["name"] for one in settings["rows"]]
         result["rows"] = [done[one] for one in known if one in done]
-        _write(options.result, result)
+        write_result(options.result, result)
         say(f"{name}: {seconds:.0f} s, {total:.0f} s in all")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
@@ -93,32 +83,12 @@ def _open_result(path: Path, experiment: Experiment) -> dict[str, Any]:
     return result
 
 
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", required=True, help="model directory or .gguf file")
-    parser.add_argument("--tokens", type=Path, required=True, help="directory of memdec prepare")
-    parser.add_argument(
-        "--outside",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="text outside the domain: the test split of a directory of memdec prepare; repeatable",
-    )
-    parser.add_argument("--work", type=Path, required=True, help="stages and scores; some 20 GB")
-    parser.add_argument("--result", type=Path, required=True, help="JSON to write or to go on with")
-    parser.add_argument("--settings", type=Path, default=Path(__file__).with_name("settings.yaml"))
-    parser.add_argument("--seed", type=int, default=0, help="of trainings and samples")
-    parser.add_argument("--row", action="append", default=[], help="run this one; repeatable")
-    parser.add_argument("--minutes", type=float, help="start no row that would end after so long")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser.parse_args(arguments)
+    made = parser(__doc__.splitlines()[0])
+    made.add_argument("--seed", type=int, default=0, help="of trainings and samples")
+    made.add_argument("--row", action="append", default=[], help="run this one; repeatable")
+    made.add_argument("--minutes", type=float, help="start no row that would end after so long")
+    return made.parse_args(arguments)
 
 
 if __name__ == "__main__":

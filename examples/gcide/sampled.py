@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from prepared import write_prepared
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
 from memdec.console import Progress
 from memdec.data.artefact import stage
-from memdec.data.corpus import KIND, SHARD_TOKENS, SPLITS, TokenCorpus
-from memdec.data.stream_writer import StreamWriter
+from memdec.data.corpus import KIND, SPLITS, TokenCorpus
 from memdec.modeling.cache import CACHE
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import interpolate_sample
@@ -47,31 +47,20 @@ def extend_with_samples(
     with stage(out, KIND, params, inputs) as writer:
         if writer.finished:
             return out
-        writer.write_directory("tokenizer", corpus.tokenizer().save_pretrained)
         separator = corpus.separator_id
-        splits = {}
-        for name in SPLITS:
-            stream = StreamWriter(writer, name, separator, SHARD_TOKENS)
-            kept = corpus.split(name)
-            documents = list(_documents(kept.read(0, len(kept)), separator))
-            if name == "train":
-                model = load_model(teacher, device=device, dtype="bfloat16")
-                torch.manual_seed(seed)
-                with Progress("sampling", rounds * batch * length, "tokens") as progress:
-                    for _ in range(rounds):
-                        for row in _draw(model, separator, corpus.vocab_size, batch, length):
-                            documents += _documents(row, separator)
-                        progress.advance(batch * length)
-            for tokens in documents:
-                stream.add(tokens)
-            splits[name] = {"documents": len(documents), **stream.finish()}
-        writer.finish(
-            splits=splits,
-            separator_id=separator,
-            vocab_size=corpus.vocab_size,
-            dtype="int32",
-            counts={},
-        )
+        splits = {name: corpus.split(name) for name in SPLITS}
+        documents = {
+            name: list(_documents(split.read(0, len(split)), separator))
+            for name, split in splits.items()
+        }
+        model = load_model(teacher, device=device, dtype="bfloat16")
+        torch.manual_seed(seed)
+        with Progress("sampling", rounds * batch * length, "tokens") as progress:
+            for _ in range(rounds):
+                for row in _draw(model, separator, corpus.vocab_size, batch, length):
+                    documents["train"] += _documents(row, separator)
+                progress.advance(batch * length)
+        write_prepared(writer, corpus.tokenizer(), separator, documents)
     return out
 
 

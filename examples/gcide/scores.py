@@ -1,16 +1,21 @@
-"""The held-out texts, and what models say of each of their tokens, kept from run to run."""
+"""The held-out texts, what models say of each of their tokens, kept from run to run, and perplexity."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from memdec.data.corpus import TokenStream
+from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
 from memdec.evaluation.forward import LabelScores
+
+SAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,23 @@ class Text:
 
     def head(self, positions: int) -> Text:
         return Text(self.stream, min(positions, self.positions))
+
+
+def documents(stream: TokenStream) -> list[np.ndarray]:
+    """The tokens of each document, without separators."""
+    ends = np.append(stream.documents[1:] - 1, len(stream) - 1)
+    return [stream.read(*bounds) for bounds in zip(stream.documents, ends, strict=True)]
+
+
+def perplexity(log_probs: np.ndarray, text: Text, block_size: int) -> dict[str, Any]:
+    """nll, perplexity and its 95 % bootstrap interval; None where a probability is 0."""
+    nll = -float(log_probs.mean(dtype=np.float64))
+    if not math.isfinite(nll):
+        return {"nll": None, "perplexity": None, "interval": None}
+    _, units = resampling_units(text.positions, text.stream.documents, block_size)
+    means = resampled_means(log_probs[:, None].astype(np.float64), units, SAMPLES, seed=0)
+    low, high = interval(-means[:, 0])
+    return {"nll": nll, "perplexity": math.exp(nll), "interval": [math.exp(low), math.exp(high)]}
 
 
 class ScoreFile:

@@ -21,15 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import open_experiment
 from experiment import Experiment
-from part import documents, held_out, memory_setting, open_experiment, parser, write_part
+from part import held_out, memory_setting, part_parser, write_part
+from prepared import write_prepared
 from sampled import extend_with_samples
+from scores import documents
 from transformers import AutoModelForCausalLM
 
 from memdec.console import say
 from memdec.data.artefact import fingerprint, stage
-from memdec.data.corpus import KIND, SHARD_TOKENS, TokenCorpus, separator_id
-from memdec.data.stream_writer import StreamWriter
+from memdec.data.corpus import KIND, TokenCorpus, separator_id
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import (
     load_model,
@@ -45,7 +47,7 @@ Texts = dict[str, list[str]]  # documents by split
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = part_parser(__doc__.splitlines()[0])
     options.add_argument("--tokenizer", required=True, help="directory of the other tokenizer")
     options.add_argument("--share", type=float, default=0.1, help="of the memory's own training")
     options.add_argument(
@@ -128,21 +130,11 @@ def write_tokens(texts: Texts, tokenizer: str, out: Path) -> Path:
     with stage(out, KIND, {}, inputs) as writer:
         if writer.finished:
             return out
-        writer.write_directory("tokenizer", target.save_pretrained)
-        splits = {}
+        documents = {}
         for name, split in texts.items():
-            stream = StreamWriter(writer, name, separator, SHARD_TOKENS)
             encoded = target(split, add_special_tokens=False, split_special_tokens=True)
-            for ids in encoded["input_ids"]:
-                stream.add(np.asarray(ids, np.int32))
-            splits[name] = {"documents": len(split), **stream.finish()}
-        writer.finish(
-            splits=splits,
-            separator_id=separator,
-            vocab_size=len(target),
-            dtype="int32",
-            counts={},
-        )
+            documents[name] = [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+        write_prepared(writer, target, separator, documents)
     return out
 
 

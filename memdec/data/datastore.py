@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs
     from accelerate import PartialState
 
     from memdec.data.exact import ExactIndex, Found
-    from memdec.data.index import FaissIndex
+    from memdec.data.faiss_index import FaissIndex
     from memdec.data.keys import ComputedKeys, Keys
 
 KIND = "datastore"
@@ -347,7 +347,8 @@ class Datastore:
     @cached_property
     def _index(self) -> ExactIndex | FaissIndex:
         from memdec.data.exact import ExactIndex
-        from memdec.data.index import EXACT, FaissIndex
+        from memdec.data.faiss_index import FaissIndex
+        from memdec.data.index import EXACT
 
         if self.artefact.manifest["index"] == EXACT:
             shards = self.artefact.manifest["shards"]

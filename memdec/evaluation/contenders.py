@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
 from memdec.evaluation.forward import check_model, label_scores
 from memdec.evaluation.knn_lm import score_neighbours
+from memdec.evaluation.options import EvalConfig
 from memdec.evaluation.outside import read_outside, stream_name
 from memdec.modeling.loading import (
     compare_tokenizers,
@@ -26,9 +27,6 @@ from memdec.modeling.loading import (
     model_fingerprint,
     pick_device,
 )
-
-if TYPE_CHECKING:
-    from memdec.evaluation.evaluate import EvalConfig
 
 KNN = "kNN"
 GATED = ("base", "memory")  # whose confidence the gate looks at

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from memdec.data.artefact import TIMING, Artefact
 from memdec.data.corpus import TokenCorpus, TokenStream
 from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
 from memdec.evaluation.contenders import GATED, KNN, Contenders, Scored
-from memdec.evaluation.evaluate import ADAPTIVE, EvalConfig
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import fit_gate, gate_lmbda
 from memdec.evaluation.measures import (
@@ -25,11 +22,9 @@ from memdec.evaluation.measures import (
     rarest_decile,
 )
 from memdec.evaluation.mixture import LMBDAS, best_lmbda, lmbda_curve, mix_log_probs
+from memdec.evaluation.options import JOINT_ADAPTIVE, EvalConfig
 from memdec.evaluation.outside import stream_name
 from memdec.evaluation.passage import make_passage, pieces
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # What the base is mixed with, and under which name: at one lmbda, and at one a token.
 _MIXTURES = {"joint": "memory", "kNN-LM": KNN}
@@ -51,12 +46,12 @@ def summarise(
         for name, part in mixtures.items()
     }
     gate = fit_gate(*_gate_inputs(contenders, scored, "validation"), device=contenders.device)
-    mixtures[ADAPTIVE] = mixtures["joint"]
+    mixtures[JOINT_ADAPTIVE] = mixtures["joint"]
 
     def reported(stream: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Log-probabilities of every row, and the lmbdas of the mixtures."""
         lmbdas = {name: np.asarray(lmbda) for name, lmbda in fixed.items()}
-        lmbdas[ADAPTIVE] = gate_lmbda(gate, *_gate_inputs(contenders, scored, stream))
+        lmbdas[JOINT_ADAPTIVE] = gate_lmbda(gate, *_gate_inputs(contenders, scored, stream))
         return _reported(scored, mixtures, lmbdas, stream), lmbdas
 
     log_probs, lmbdas = reported(config.split)
@@ -171,7 +166,7 @@ def _reported(
     found = {name: one.log_probs[split] for name, one in scored.items() if name != KNN}
     for name, part in mixtures.items():
         found[name] = mix_log_probs(base, scored[part].log_probs[split], lmbdas[name])
-    first = ("base", "kNN-LM", "memory", "joint", ADAPTIVE)
+    first = ("base", "kNN-LM", "memory", "joint", JOINT_ADAPTIVE)
     order = [name for name in first if name in found]
     return {name: found[name] for name in [*order, *(name for name in found if name not in first)]}
 
@@ -225,70 +220,4 @@ def row_seconds(scored: Mapping[str, Scored]) -> dict[str, float]:
     for name, part in _MIXTURES.items():
         if part in scored:
             seconds[name] = scored["base"].seconds + scored[part].seconds
-    return {**seconds, ADAPTIVE: seconds["joint"]}
-
-
-def print_table(artefact: Artefact) -> None:
-    """The tables on standard output: what each row reaches, and what it does beside that."""
-    from rich.console import Console
-
-    results = json.loads(artefact.file("eval.json").read_text())
-    seconds = json.loads(artefact.file(TIMING).read_text())
-    table = _table(
-        f"{results['positions']:,} held-out tokens ({results['split']})",
-        f"95 %: bootstrap over {results['resampled']}; gain: nats a token below base",
-    )
-    for header in ("perplexity", "95 %", "gain", "lmbda", "weights", "MB", "s"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in results["rows"]:
-        table.add_row(
-            row["name"],
-            _number(row["perplexity"]),
-            " - ".join(map(_number, row["interval"])),
-            _number(row["gain"], 3),
-            "" if row["lmbda"] is None else f"{row['lmbda']:.2f}",
-            f"{row['parameters'] / 1e6:,.2f} M",
-            f"{row['bytes'] / 1e6:,.1f}",
-            f"{seconds[row['name']]:.1f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(_side_effects(results))
-
-
-def _side_effects(results: Mapping[str, Any]) -> Table:
-    """Rare tokens, function words, and perplexity outside the domain."""
-    caption = "rarest tenth: median p / p of base; function words: mean change of log p"
-    table = _table("Beside that", f"{caption}; then perplexity" if results["outside"] else caption)
-    for header in ("rarest tenth", "function words", *results["outside"]):
-        table.add_column(header, justify="right")
-    for row in results["rows"]:
-        words = row["function_words"]
-        table.add_row(
-            row["name"],
-            _number(row["tail_gain"]),
-            "" if words is None else _number(words),
-            *(_number(found["perplexity"]) for found in row["outside"].values()),
-        )
-    return table
-
-
-def _table(title: str, caption: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        caption=caption,
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),  # the usual two would cut the names off at 80 columns
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("", overflow="fold")
-    return table
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "inf" if value is None else f"{value:.{digits}f}"
+    return {**seconds, JOINT_ADAPTIVE: seconds["joint"]}

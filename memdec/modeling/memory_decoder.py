@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
-from collections.abc import Callable
-from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +33,7 @@ from memdec.modeling.loading import (
     load_model,
     load_tokenizer,
 )
+from memdec.modeling.members import has_key_value_cache, readable_ids, run_member
 from memdec.ops import fused_interpolate
 
 BASE = "base"
@@ -94,7 +92,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         for name, model in ((BASE, base), (MEMORY, memory)):
-            if not _has_key_value_cache(model):
+            if not has_key_value_cache(model):
                 raise MemdecError(
                     f"the {name} must be a decoder-only model with a key-value cache, "
                     f"got {type(model).__name__}"
@@ -265,8 +263,9 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         base_cache = memory_cache = None
         if cache is not None:
             base_cache, memory_cache = cache.base, cache.memory
-        base = _run(self.base, input_ids, base_cache, shared, **kwargs)
-        memory = _run(self.memory, self._memory_ids(input_ids), memory_cache, shared)
+        base = run_member(self.base, input_ids, base_cache, shared, **kwargs)
+        memory_ids = readable_ids(input_ids, self.memory, self.base)
+        memory = run_member(self.memory, memory_ids, memory_cache, shared)
         width = base.logits.shape[-1]
         real = min(self.config.tokenizer_size or width, width)
         logits = base.logits, memory.logits
@@ -321,60 +320,14 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         if (pair := _paired(*caches)) is not None:  # None under the key would not mean no cache
             model_kwargs[CACHE] = pair
 
-    def _memory_ids(self, input_ids: Tensor) -> Tensor:
-        known = _embedding_rows(self.memory)
-        if known >= _embedding_rows(self.base):
-            return input_ids
-        return torch.where(input_ids < known, input_ids, _padding_id(self.memory, known))
-
-
-def _run(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    cache: Cache | None,
-    shared: dict[str, Any],
-    **kwargs: Any,
-) -> Any:
-    if "position_ids" not in _parameters(type(model).forward):
-        # Bloom and MPT place tokens by the mask alone.
-        shared = {name: value for name, value in shared.items() if name != "position_ids"}
-    return model(input_ids=input_ids, **{CACHE: cache}, **shared, **kwargs, return_dict=True)
-
 
 def _lmbda(config: Any) -> Any:
     """A number, or the gate whose fields the configuration holds."""
     return Gate.from_dict(config.lmbda) if isinstance(config.lmbda, dict) else config.lmbda
 
 
-def _has_key_value_cache(model: PreTrainedModel) -> bool:
-    """A recurrent model has a cache too, but a state instead of tokens in it."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None)
-    recurrent = kinds is not None and set(kinds) == {"linear_attention"}
-    return CACHE in _parameters(type(model).forward) and not recurrent
-
-
 def _paired(base: Cache | None, memory: Cache | None) -> MemoryDecoderCache | None:
     return None if base is None or memory is None else MemoryDecoderCache(base, memory)
-
-
-@lru_cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    """A function's arguments; looking them up anew would cost at every token."""
-    return frozenset(inspect.signature(forward).parameters)
-
-
-def _embedding_rows(model: PreTrainedModel) -> int:
-    return next(model.get_input_embeddings().parameters()).shape[0]
-
-
-def _padding_id(model: PreTrainedModel, known: int) -> int:
-    """The model's pad id, else its eos id, else 0."""
-    config = model.config.get_text_config()
-    for ids in (config.pad_token_id, config.eos_token_id):
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int) and 0 <= first < known:
-            return first
-    return 0
 
 
 def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:

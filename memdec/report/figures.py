@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from memdec.evaluation.evaluate import ADAPTIVE
+from memdec.evaluation.options import JOINT_ADAPTIVE
 from memdec.evaluation.outside import stream_name
 
 # Mid-tones that can be told apart, by colour-blind readers too, on white and on near-black.
@@ -29,8 +29,10 @@ def lmbda_curve(results: Mapping[str, Any]) -> str:
     perplexity = {row["name"]: row["perplexity"] for row in results["rows"]}
     base = perplexity["base"]
     figure, axes = _figure("lmbda (0 is the base alone)", "perplexity")
-    axes.axhline(base, color=COLOURS["base"], linewidth=1, linestyle=":", label="base")
-    drawn = [base]
+    drawn = []
+    if base is not None:
+        axes.axhline(base, color=COLOURS["base"], linewidth=1, linestyle=":", label="base")
+        drawn.append(base)
     for name in ("joint", "kNN-LM"):
         if name not in curves:
             continue
@@ -42,7 +44,9 @@ def lmbda_curve(results: Mapping[str, Any]) -> str:
             chosen = results["lmbda"][name]
             axes.plot([chosen], [perplexity[name]], "o", color=COLOURS[name], markersize=7)
     # At lmbda 1 a kNN-LM may give a label no mass at all: the interesting part is near the base.
-    axes.set_ylim(0.9 * min(drawn), min(1.02 * max(drawn), 1.6 * base))
+    if drawn:
+        highest = 1.02 * max(drawn)
+        axes.set_ylim(0.9 * min(drawn), highest if base is None else min(highest, 1.6 * base))
     return _svg(figure, axes, "lmbda")
 
 
@@ -62,10 +66,10 @@ def outside_curve(results: Mapping[str, Any]) -> str:
         ratios = [point / points[0] for point in points]
         axes.plot(curves["lmbda"], ratios, color=colour, label=text)
         highest = max([highest, *(ratio for ratio in ratios if not math.isnan(ratio))])
-        gated = rows.get(ADAPTIVE)
+        gated = rows.get(JOINT_ADAPTIVE)
         if gated is not None:
             found = gated if text == split else gated["outside"][text]
-            ratio = found["perplexity"] / points[0]
+            ratio = _perplexities([found["nll"]])[0] / points[0]
             label = f"{text}, a lmbda a token"
             axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
     axes.axvline(results["lmbda"]["joint"], color=COLOURS["base"], linewidth=1, linestyle=":")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import html
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from memdec.evaluation.inspection import Inspection
 from memdec.evaluation.passage import make_passage
 from memdec.report.passage import LESS, MORE, PASSAGE_NOTE, coloured_passage, percent, shade
 from memdec.report.shell import write_page
-
-if TYPE_CHECKING:
-    from memdec.inspection import Inspection
 
 _TITLE = "What the memory changes, token by token"
 

@@ -23,22 +23,31 @@ def coloured_passage(passage: Mapping[str, Any]) -> str:
     """
     names = [name for name in NAMES if name in passage]
     spans = []
-    for index, token in enumerate(passage["tokens"]):
+    for index, (token, gain) in enumerate(zip(passage["tokens"], gains(passage), strict=True)):
         chances = {name: passage[name][index] for name in names}
-        gain = _log(chances["joint"]) - _log(chances["base"])
         note = "\n".join(f"{name} {percent(chance)}" for name, chance in chances.items())
         text = html.escape(token).replace("\n", "↵\n")
         spans.append(f'<span {shade(gain)} title="{html.escape(note)}">{text}</span>')
     return f'<p class="passage">{"".join(spans)}</p>'
 
 
+def gains(passage: Mapping[str, Any]) -> list[float]:
+    """By token, in nats: the log-probability under joint less that under base."""
+    both = zip(passage["joint"], passage["base"], strict=True)
+    return [_log(joint) - _log(base) for joint, base in both]
+
+
+def tint(gain: float) -> tuple[tuple[int, int, int], float]:
+    """Red, green and blue of a gain in nats, and its opacity."""
+    return MORE if gain > 0 else LESS, 0.65 * min(abs(gain) / _FULL_COLOUR, 1.0)
+
+
 def shade(gain: float, name: str = "") -> str:
     """HTML attributes of an element that shows a gain in nats; `name` is a further class."""
-    strength = min(abs(gain) / _FULL_COLOUR, 1.0)
-    red, green, blue = MORE if gain > 0 else LESS
+    (red, green, blue), opacity = tint(gain)
     names = f"{name} less" if gain <= _UNDERLINED else name
     class_ = f'class="{names.strip()}" ' if names else ""
-    return f'{class_}style="background:rgba({red},{green},{blue},{0.65 * strength:.2f})"'
+    return f'{class_}style="background:rgba({red},{green},{blue},{opacity:.2f})"'
 
 
 def percent(chance: float) -> str:

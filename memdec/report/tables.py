@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memdec.data.artefact import TIMING
-from memdec.evaluation.evaluate import ADAPTIVE
+from memdec.evaluation.options import JOINT_ADAPTIVE
 
 _NARROW = 7  # columns that fit a page in its own type size
 # Of a row of a build: the stages that train its model, and those that these need.
@@ -19,7 +19,7 @@ _STAGES_OF: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "adapted": (("adapt",), ()),
     "fine-tuned": (("control",), ()),
     "kNN-LM": ((), ("adapt", "datastore")),
-    **dict.fromkeys(("memory", "joint", ADAPTIVE), (("train",), _BEFORE)),
+    **dict.fromkeys(("memory", "joint", JOINT_ADAPTIVE), (("train",), _BEFORE)),
 }
 
 
@@ -102,7 +102,7 @@ def _total(seconds: Mapping[str, float], stages: Sequence[str]) -> str:
 
 def _times_smaller(results: Mapping[str, Any], name: str) -> str:
     """Bytes of the datastore over those of the model that the row's training made."""
-    trained = "memory" if name in ("joint", ADAPTIVE) else name
+    trained = "memory" if name in ("joint", JOINT_ADAPTIVE) else name
     if results["datastore_bytes"] is None or trained in ("base", "kNN-LM"):
         return ""
     parameters = {row["name"]: row["parameters"] for row in results["rows"]}[trained]

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memdec.config import option, require
 from memdec.console import say
 from memdec.data.artefact import Artefact
 from memdec.training.options import LoopConfig
+
+if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs the config alone
+    from transformers import PreTrainedModel
+
+    from memdec.data.corpus import TokenStream
+    from memdec.training.trainer import Validate
 
 KIND = "adapt"
 
@@ -37,10 +44,8 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
             longer than the model's context, a model that cannot isolate documents, a loss that is no
             longer finite.
     """
-    from transformers import PreTrainedModel
-
     from memdec.data.corpus import TokenCorpus
-    from memdec.evaluation.forward import check_blocks, check_model, label_scores
+    from memdec.evaluation.forward import check_blocks, check_model
     from memdec.modeling.loading import (
         compare_tokenizers,
         load_model,
@@ -62,17 +67,6 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
     params = {**config.training_params(), "block_size": config.block_size}
     inputs = {"model": model_fingerprint(config.model), "tokens": corpus.fingerprint}
 
-    def validate(model: PreTrainedModel) -> dict[str, float]:
-        scores = label_scores(
-            model,
-            validation,
-            block_size=config.block_size,
-            batch_blocks=config.batch_blocks,
-            vocab_size=corpus.vocab_size,
-        ).log_probs
-        nll = -float(scores.mean(dtype=float))
-        return {"nll": nll, "score": nll}
-
     with shared_stage(processes, out, KIND, params, inputs) as writer:
         if writer.finished:
             say(f"adapt: already done in {out}")
@@ -88,9 +82,27 @@ def adapt(config: AdaptConfig, out: Path) -> Artefact:
             train,
             config,
             block_size=config.block_size,
-            validate=validate,
+            validate=validate_on(validation, config),
         )
         if processes.is_main_process:
             writer.finish(best=best_row(curve))
         processes.wait_for_everyone()
         return Artefact.open(out, KIND)
+
+
+def validate_on(validation: TokenStream, config: AdaptConfig) -> Validate:
+    """Scores a model by its mean nll on a stream."""
+    from memdec.evaluation.forward import label_scores
+
+    def validate(model: PreTrainedModel) -> dict[str, float]:
+        scores = label_scores(
+            model,
+            validation,
+            block_size=config.block_size,
+            batch_blocks=config.batch_blocks,
+            vocab_size=validation.vocab_size,
+        ).log_probs
+        nll = -float(scores.mean(dtype=float))
+        return {"nll": nll, "score": nll}
+
+    return validate

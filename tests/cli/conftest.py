@@ -3,18 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from memdec.cli import make_app
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(one_thread: None) -> None:
+    """All tests of this folder."""
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from memdec import MemoryDecoderForCausalLM
 from memdec.cli import make_app
 from memdec.data.corpus import TokenCorpus
-from memdec.evaluation.evaluate import EvalConfig, evaluate
-from memdec.inspection import Inspection
+from memdec.evaluation.evaluate import evaluate
+from memdec.evaluation.inspection import Inspection
+from memdec.evaluation.options import EvalConfig
 from memdec.modeling.gate import Gate
 from memdec.modeling.loading import load_model, load_tokenizer
 from memdec.report.inspection import write_inspection

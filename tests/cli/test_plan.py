@@ -14,11 +14,11 @@ from memdec import plan as plan_module
 from memdec.build import BuildConfig
 from memdec.build import plan as plan_steps
 from memdec.errors import MemdecError
-from memdec.machine import Machine
 from memdec.modeling.loading import load_shape
 from memdec.modeling.memory_init import initial_memory
-from memdec.needs import Corpus, Need, Shape, _shape, estimate
 from memdec.plan import count_tokens, misfits, plan
+from memdec.plan.machine import Machine
+from memdec.plan.needs import Corpus, Need, Shape, _shape, estimate
 
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no FAISS")
 

@@ -160,3 +160,19 @@ def test_a_directory_that_is_no_evaluation(tmp_path):
     with pytest.raises(MemdecError, match=r"expected a directory of eval"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["base", "joint, adaptive lmbda"])
+def test_a_row_that_gives_a_token_no_probability_is_drawn_as_far_as_it_goes(tmp_path, name):
+    found = results()
+    (row,) = (row for row in found["rows"] if row["name"] == name)
+    for one in (row, *row["outside"].values()):
+        one["nll"] = one["perplexity"] = None
+    if name == "base":  # which is the mixture at a lmbda of 0
+        for curve in found["curves"]["joint"].values():
+            curve[0] = None
+    path = tmp_path / "report.html"
+    write_report(write_evaluation(tmp_path / "eval", **found), path)
+    page = path.read_text()
+    assert "<td>\u221e</td>" in page
+    assert len(re.findall(r"<svg", page)) == 3

@@ -3,18 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from data_tiny import documents, run_stage, write_corpus, write_model
 
 from memdec.data.corpus import TokenCorpus
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(one_thread: None) -> None:
+    """All tests of this folder."""
 
 
 @pytest.fixture(scope="session")

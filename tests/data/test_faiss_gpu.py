@@ -14,7 +14,7 @@ from memdec import console
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex
 from memdec.data.faiss_gpu import gpus_of, takes, visible_gpus
-from memdec.data.index import FaissIndex
+from memdec.data.faiss_index import FaissIndex
 from memdec.data.keys import StoredKeys
 from memdec.processes import join_processes
 

@@ -13,7 +13,8 @@ from data_tiny import needs_faiss
 from memdec.data import exact as exact_module
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex, smallest, unpack
-from memdec.data.index import FaissIndex, choose_index, make_index
+from memdec.data.faiss_index import FaissIndex
+from memdec.data.index import choose_index, make_index
 from memdec.data.keys import StoredKeys
 from memdec.errors import MemdecError
 from memdec.processes import join_processes

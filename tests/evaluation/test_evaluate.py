@@ -15,10 +15,10 @@ from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
 from memdec.errors import MemdecError
-from memdec.evaluation.evaluate import EvalConfig, evaluate
+from memdec.evaluation.evaluate import evaluate
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import fit_gate, gate_lmbda
-from memdec.evaluation.summary import ADAPTIVE
+from memdec.evaluation.options import JOINT_ADAPTIVE, EvalConfig
 from memdec.modeling.gate import Gate
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import load_model, load_tokenizer
@@ -59,7 +59,7 @@ def rows(results: dict) -> dict[str, dict]:
 
 
 def test_every_contender_is_scored_on_the_same_tokens(results, tiny):
-    assert list(rows(results)) == ["base", "kNN-LM", "memory", "joint", ADAPTIVE, "same"]
+    assert list(rows(results)) == ["base", "kNN-LM", "memory", "joint", JOINT_ADAPTIVE, "same"]
     assert results["split"] == "test"
     assert results["positions"] == TokenCorpus.open(tiny.tokens).split("test").positions
     for row in results["rows"]:
@@ -76,7 +76,7 @@ def test_joint_is_what_the_pair_finds_block_by_block(config, results, tiny):
 
 
 def test_the_adaptive_row_is_what_the_pair_finds_with_the_gate(config, results, tiny):
-    row = rows(results)[ADAPTIVE]
+    row = rows(results)[JOINT_ADAPTIVE]
     expected = nll_of_the_pair(config, tiny, Gate.from_dict(results["gate"]))
     assert row["nll"] == pytest.approx(expected, rel=1e-5)
     assert row["parameters"] == rows(results)["joint"]["parameters"]
@@ -110,7 +110,7 @@ def test_the_gate_is_fitted_on_validation(evaluated, results, tiny):
     gate = fit_gate(*scores("validation"), corpus.split("validation"), tiny.block_size)
     assert gate == Gate.from_dict(results["gate"])
     lmbda = gate_lmbda(gate, *scores("test"), corpus.split("test"), tiny.block_size)
-    assert rows(results)[ADAPTIVE]["lmbda"] == pytest.approx(lmbda.mean())
+    assert rows(results)[JOINT_ADAPTIVE]["lmbda"] == pytest.approx(lmbda.mean())
 
 
 def test_the_knn_lm_is_the_mixture_with_dense_targets(config, results, tiny):
@@ -220,7 +220,7 @@ def test_a_given_lmbda_is_used_and_kNN_is_optional(config, tmp_path):
     evaluate(given, tmp_path / "eval")
     results = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert results["lmbda"] == {"joint": 0.25}
-    assert list(rows(results)) == ["base", "memory", "joint", ADAPTIVE]
+    assert list(rows(results)) == ["base", "memory", "joint", JOINT_ADAPTIVE]
     assert results["positions"] == 128  # whole blocks of 32
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from memdec.data.corpus import TokenCorpus
+from memdec.data.artefact import stage
+from memdec.data.corpus import KIND, SPLITS, TokenCorpus
 from memdec.data.sources import Top
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets
@@ -75,16 +75,8 @@ def run(tiny, root: Path, *more: str) -> dict:
     return json.loads(Path(path).read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _modules() -> Iterator[None]:
-    """The example's files import one another by name, as a script's do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        yield
-
-
 @pytest.fixture(scope="module")
-def results(_modules, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
+def results(gcide: None, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
     """The result of a run with a limit, that of the run after it, and where the latter lies."""
     root = tmp_path_factory.mktemp("gcide")
     return run(tiny, root, "--minutes", "100"), run(tiny, root), root / "result.json"
@@ -210,14 +202,6 @@ def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> 
     assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_residual_completes_the_base_to_the_teacher() -> None:
     subtract = importlib.import_module("residual").subtract
     taught = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 1.0], [0.25, 0.25, 0.25, 0.25]])
@@ -270,3 +254,23 @@ def test_sampling_into_reserved_memory_is_sampling(
         torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     assert (found == wanted.numpy()).all()
+
+
+def test_prepared_tokens_are_the_same_after_a_run_that_was_cut_off(tiny, tmp_path: Path) -> None:
+    write_prepared = importlib.import_module("prepared").write_prepared
+    corpus = TokenCorpus.open(tiny.tokens)
+    cut_into = importlib.import_module("scores").documents
+    documents = {name: cut_into(corpus.split(name)) for name in SPLITS}
+
+    def write(out: Path, given: dict) -> None:
+        with stage(out, KIND, {}, {}) as writer:
+            write_prepared(writer, corpus.tokenizer(), corpus.separator_id, given)
+
+    with pytest.raises(TypeError):
+        write(tmp_path / "twice", {**documents, "test": [None]})
+    for out in ("once", "twice"):
+        write(tmp_path / out, documents)
+    once, twice = (TokenCorpus.open(tmp_path / out) for out in ("once", "twice"))
+    assert once.fingerprint == twice.fingerprint
+    train = corpus.split("train")
+    assert np.array_equal(twice.split("train").read(0, len(train)), train.read(0, len(train)))

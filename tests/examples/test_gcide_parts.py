@@ -64,15 +64,10 @@ class Place:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _modules() -> Iterator[None]:
-    """The example's files import one another by name, as a script's do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _few_neighbours(gcide: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        patch.setattr(importlib.import_module("cloze"), "KNN_K", 64)
+        patch.setattr(importlib.import_module("experiment"), "KNN_K", 64)
         yield
-    torch.set_num_threads(threads)
 
 
 def entry(generator: random.Random, number: int) -> tuple[str, str]:
@@ -252,9 +247,9 @@ def test_a_memory_moves_to_another_tokenizer(place: Place) -> None:
     joint = {row["name"]: row["bits"] for row in found["joint"]["rows"]}
     assert joint["means"] < found["joint"]["base"]
     before, after = TokenCorpus.open(place.tokens), place.root / "work" / "transfer" / "tokens"
-    part = importlib.import_module("part")
+    documents = importlib.import_module("scores").documents
     texts = [
-        [corpus.tokenizer().decode(one) for one in part.documents(corpus.split("test"))]
+        [corpus.tokenizer().decode(one) for one in documents(corpus.split("test"))]
         for corpus in (before, TokenCorpus.open(after))
     ]
     assert texts[0] == texts[1]
@@ -264,7 +259,6 @@ def test_every_contender_is_timed(place: Place, monkeypatch: pytest.MonkeyPatch)
     sizes = ("--prompt", "8", "--retrieved", "16", "--new", "4", "--repeats", "1")
     module = importlib.import_module("decoding")
     monkeypatch.setattr(module, "BATCHES", (1, 2))
-    monkeypatch.setattr(module, "KNN_K", 16)
     result = place.run("decoding", *sizes)
     rows = result["decoding"]["rows"]
     assert {(row["path"], row["name"], row["batch"]) for row in rows} == {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,11 +16,9 @@ from memdec.modeling.loading import load_model
 BLOCK, STRIDE, ROOM = 32, 8, 14
 
 
-@pytest.fixture(scope="module", autouse=True)
-def retrieval() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "examples" / "gcide")
-        yield importlib.import_module("retrieval")
+@pytest.fixture(scope="module")
+def retrieval(gcide: None) -> ModuleType:
+    return importlib.import_module("retrieval")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def corpus(tiny: ModuleType) -> TokenCorpus:
 
 
 @pytest.fixture(scope="module")
-def text(corpus: TokenCorpus) -> object:
+def text(gcide: None, corpus: TokenCorpus) -> object:
     return importlib.import_module("scores").Text(corpus.split("test"), 200)
 
 
@@ -73,7 +70,7 @@ def test_what_is_found_shares_words_with_the_query(
     options = {"block_size": BLOCK, "stride": STRIDE, "query_tokens": 6}
     found = retrieval.retrieve(corpus, {"test": text}, tmp_path / "a", {}, **options)["test"]
     assert np.array_equal(found.bounds, bounds)
-    entries = retrieval.documents(corpus.split("train"), corpus.separator_id)
+    entries = importlib.import_module("scores").documents(corpus.split("train"))
     asked = retrieval.queries(text, bounds, corpus.separator_id, BLOCK, 6)
     for query, documents in zip(asked, found.found, strict=True):
         assert (documents >= 0).any() == (len(query) > 0)
@@ -84,7 +81,7 @@ def test_what_is_found_shares_words_with_the_query(
 def test_scores_are_those_of_the_entries_before_the_text(
     retrieval: ModuleType, corpus: TokenCorpus, text: object, bounds: np.ndarray, tiny: ModuleType
 ) -> None:
-    entries = retrieval.documents(corpus.split("train"), corpus.separator_id)
+    entries = importlib.import_module("scores").documents(corpus.split("train"))
     found = np.full((len(bounds), 3), -1, np.int32)
     found[1::2] = [[4, 7, 9]]
     alone = -np.arange(text.positions, dtype=np.float32)

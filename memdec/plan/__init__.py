@@ -12,8 +12,8 @@ from memdec.build import OWN, BuildConfig, refuse_strangers
 from memdec.build import plan as plan_steps
 from memdec.console import say, show_bytes
 from memdec.data.artefact import MANIFEST
-from memdec.machine import Machine, measure_machine
-from memdec.needs import Corpus, Need, estimate
+from memdec.plan.machine import Machine, measure_machine
+from memdec.plan.needs import Corpus, Need, estimate
 
 _SAMPLE_CHARACTERS = 1 << 20
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from memdec.data import faiss_gpu
-from memdec.machine import Machine
-from memdec.search_needs import IndexNeed, IndexNeeds
+from memdec.plan.index_needs import IndexNeed, IndexNeeds
+from memdec.plan.machine import Machine
 
 pytest.importorskip("faiss")
 

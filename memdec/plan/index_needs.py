@@ -1,4 +1,4 @@
-"""What an index of the datastore needs, and a search in it, by arithmetic; for memdec.needs.
+"""What an index of the datastore needs, and a search in it, by arithmetic; for memdec.plan.needs.
 
 FAISS searches a copy of its index on the GPUs where it has any, takes this kind of index and the copy
 fits beside what else the stage keeps there; else the CPU does it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memdec.console import show_bytes
-from memdec.machine import Machine
+from memdec.plan.machine import Machine
 
 _WORKSPACE = 3 << 29  # that FAISS sets aside on each GPU
 _PADDING = 16  # keys a list, which a GPU holds in groups of 32

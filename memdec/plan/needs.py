@@ -16,8 +16,8 @@ from typing import Any
 from memdec.build import Step
 from memdec.data.contexts import first_search
 from memdec.errors import MemdecError
-from memdec.machine import Machine
-from memdec.search_needs import IndexNeed, IndexNeeds
+from memdec.plan.index_needs import IndexNeed, IndexNeeds
+from memdec.plan.machine import Machine
 
 _RESERVE = 1 << 30  # what the process needs before anything is loaded, and torch on a GPU
 _CUDA_RESERVE = 1 << 30  # of the host, for a process that uses a GPU
