@@ -38,6 +38,9 @@ class GenerateConfig(PairConfig):
         require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         require(self.beams >= 1, "beams", "at least 1", self.beams)
+        drawing = (self.temperature, self.top_k, self.top_p)
+        if not self.sample and drawing != (1.0, 0, 1.0):
+            raise MemdecError("temperature, top_k and top_p are of the draw: give sample too")
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ _PACKAGES = (
 
 def print_info() -> None:
     """Prints the report, one ``name: value`` a line, in sections."""
-    for title, lines in sections().items():
+    report = sections()
+    width = 1 + max(len(name) for lines in report.values() for name in lines)
+    for title, lines in report.items():
         print(title)
         for name, value in lines.items():
-            print(f"  {name + ':':<18} {value}")
+            print(f"  {name + ':':<{width}} {value}")
 
 
 def sections() -> dict[str, dict[str, str]]:

@@ -60,6 +60,8 @@ def load_pair(config: PairConfig) -> MemoryDecoderForCausalLM:
     from memdec import MemoryDecoderForCausalLM
     from memdec.modeling.loading import has_tokenizer, load_model, load_tokenizer, pick_device
 
+    if not os.path.exists(config.memory):
+        raise MemdecError(f"no model at {config.memory}: there is no such directory")
     lmbda = _lmbda(config)
     if not has_tokenizer(config.base):
         raise MemdecError(f"there is no tokenizer beside the base {config.base}")

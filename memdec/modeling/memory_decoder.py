@@ -124,9 +124,11 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             memory_tokenizer: the memory's; compared with `tokenizer` when both are given.
 
         Raises:
-            MemdecError: `lmbda` out of range, tokenizers that differ (the message names the first
-                differing tokens), a model without a key-value cache.
+            MemdecError: a name in place of a model, `lmbda` out of range, tokenizers that differ (the
+                message names the first differing tokens), a model without a key-value cache.
         """
+        for name, model in (("base", base), ("memory", memory)):
+            require(not isinstance(model, (str, Path)), name, "a model that is loaded", model)
         if not isinstance(lmbda, Gate):
             in_range = isinstance(lmbda, Real) and 0 <= lmbda <= 1
             require(in_range, "lmbda", "in [0, 1] or a Gate", lmbda)

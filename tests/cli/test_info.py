@@ -19,3 +19,17 @@ def test_an_op_is_listed_for_each_public_function():
     from memdec import ops
 
     assert list(info.sections()["ops"]) == [name for name in ops.__all__ if name.islower()]
+
+
+def test_values_stand_in_one_column(capsys):
+    info.print_info()
+    printed = capsys.readouterr().out
+    values = {
+        f"  {name}:": value for part in info.sections().values() for name, value in part.items()
+    }
+    columns = set()
+    for line in printed.splitlines():
+        for name, value in values.items():
+            if line.startswith(name):
+                columns.add(line.index(value, len(name)))
+    assert len(columns) == 1

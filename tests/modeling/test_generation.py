@@ -159,6 +159,12 @@ def test_beams(models: dict, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == f"{PROMPT} {result.joint}".split()
 
 
+@pytest.mark.parametrize("option", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.5}])
+def test_options_of_the_draw_without_one_are_refused(models: dict, option: dict) -> None:
+    with pytest.raises(MemdecError, match="give sample too"):
+        GenerateConfig(prompt=(PROMPT,), **option, **models)
+
+
 def test_sampling_follows_its_options_and_the_seed(models: dict) -> None:
     options = {"temperature": 0.9, "top_k": 8, "top_p": 0.95}
     config = GenerateConfig(prompt=(PROMPT,), sample=True, max_new_tokens=12, **options, **models)
@@ -183,7 +189,8 @@ def test_sampling_follows_its_options_and_the_seed(models: dict) -> None:
         ({"beams": 0}, "beams must be at least 1"),
         ({"base": "/no/such/model"}, "no model at /no/such/model"),
         ({"memory": "/no/such/memory", "lmbda": 0.3}, "no model at /no/such/memory"),
-        ({"memory": "/no/such/memory"}, "no lmbda was given"),
+        ({"memory": "/no/such/memory"}, "no model at /no/such/memory"),
+        ({"memory": "/no/such/memory", "lmbda": "adaptive"}, "no model at /no/such/memory"),
         ({"prompt": ("",)}, "the prompt '' has no tokens"),
         (
             {"max_new_tokens": 1022},

@@ -512,6 +512,11 @@ def test_embeddings_instead_of_ids_are_refused() -> None:
 # ---- making, saving, loading ----
 
 
+def test_a_name_in_place_of_a_model_is_refused() -> None:
+    with pytest.raises(MemdecError, match="base must be a model that is loaded, got 'gpt2'"):
+        MemoryDecoderForCausalLM.from_models("gpt2", tiny_model("GPT2"), lmbda=0.5)
+
+
 @pytest.mark.parametrize("lmbda", [-0.1, 1.1, math.nan])
 def test_lmbda_outside_the_unit_interval_is_refused(lmbda: float) -> None:
     with pytest.raises(MemdecError, match=r"lmbda must be in \[0, 1\]"):
