@@ -102,14 +102,34 @@ def test_a_gate_has_numbers_that_fit() -> None:
         dataclasses.replace(GATE, hidden_weight=tuple(row[1:] for row in GATE.hidden_weight))
 
 
-@pytest.mark.parametrize("saved", [{}, {"bias": 0.3, "base_log_max": -2.0}])
-def test_what_was_saved_as_another_gate_is_refused(saved: dict) -> None:
+@pytest.mark.parametrize("saved", [None, [1, 2], {}, {"bias": 0.3, "base_log_max": -2.0}])
+def test_what_was_saved_as_another_gate_is_refused(saved: Any) -> None:
     with pytest.raises(MemdecError, match=r"expected a gate with hidden_weight, .* fit it anew"):
         Gate.from_dict(saved)
+
+
+@pytest.mark.parametrize("saved", [{}, {"bias": 0.3, "base_log_max": -2.0}])
+def test_a_pair_whose_gate_is_another_refuses_to_run(saved: dict) -> None:
     model = pair()
     model.config.lmbda = saved
     with pytest.raises(MemdecError, match=r"expected a gate with hidden_weight, .* fit it anew"):
         model(prompt())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_weight": 3},
+        {"hidden_weight": [1.0] * 8},
+        {"hidden_bias": None},
+        {"output_weight": {"a": 1.0}},
+        {"hidden_weight": [], "hidden_bias": [], "output_weight": []},
+        {"output_bias": 10**400},
+    ],
+)
+def test_what_is_no_network_is_refused(changes: dict) -> None:
+    with pytest.raises(MemdecError, match="of a gate must be"):
+        Gate.from_dict(dataclasses.asdict(GATE) | changes)
 
 
 @pytest.mark.parametrize("value", ["adaptive", dataclasses.asdict(GATE), None, float("nan")])
