@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = Literal["mean", "random"]
 
-_WIDTH_OF = (
-    64  # the vocabulary is padded to a multiple: tensor cores halve their pace at an odd one
-)
+# The vocabulary is padded to a multiple: tensor cores halve their pace at an odd one.
+_WIDTH_OF = 64
+_BEFORE = "\n"  # stands before a text; tokenizers join little to it
 
 
 def transfer_vocabulary(
@@ -82,17 +82,39 @@ def _spellings(
         elif tokens[index] in known:
             spelled.append([known[tokens[index]]])
         else:
-            text = target.decode([index], clean_up_tokenization_spaces=False)
+            text = _text(target, index)
             part_of_a_character = "\ufffd" in text
-            ids = [] if part_of_a_character else source.encode(text, add_special_tokens=False)
-            spelled.append(ids)
+            spelled.append([] if part_of_a_character else _encode(source, text))
     return spelled
 
 
+def _text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
+    """A token's text inside a line: at its beginning SentencePiece would drop the token's space."""
+    before = _ids(tokenizer, "a")
+    start, text = (
+        str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        for ids in (before, [*before, index])
+    )
+    return text.removeprefix(start)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's ids inside a text: at its beginning SentencePiece would put a space before it."""
+    before, ids = _ids(tokenizer, _BEFORE), _ids(tokenizer, _BEFORE + text)
+    return ids[len(before) :] if ids[: len(before)] == before else _ids(tokenizer, text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def _means(old: Tensor, spelled: list[list[int]]) -> Tensor:
-    """The mean of the old rows of each entry; of all rows where there are none."""
+    """The mean of the old rows of each entry; of all rows where there are none.
+
+    A tokenizer may have tokens that its model has no rows for.
+    """
     new = old.float().mean(dim=0).expand(len(spelled), *old.shape[1:]).clone()
     for index, ids in enumerate(spelled):
-        if ids:
-            new[index] = old[ids].float().mean(dim=0)
+        if there := [one for one in ids if one < len(old)]:
+            new[index] = old[there].float().mean(dim=0)
     return new
