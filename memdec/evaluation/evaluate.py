@@ -19,7 +19,10 @@ RESULTS = "eval.json"
 PASSAGE = "passage.json"
 ADAPTIVE = "joint, adaptive lmbda"  # the row with a lmbda a token
 
-_OWN_NAMES = ("base", "kNN-LM", "memory", "joint", "kNN", "tokens", "datastore", "targets")
+_OWN_NAMES = (
+    *("base", "kNN-LM", "memory", "joint", "kNN", "tokens", "datastore", "targets"),
+    *("validation", "test"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,9 +116,9 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
 
     where an infinite value is None; ``passage.json`` with the probability of each of the first
     tokens of the split under ``base``, ``memory``, ``joint`` and ``kNN-LM``; ``scores/``, the
-    float32 log-probability of each position's label per split and contender, and ``confidence/``,
-    what the gate sees of base and memory. ``timing.json`` has the seconds that scoring the reported
-    split took, by row.
+    float32 log-probability of each position's label per split and contender (a text outside the
+    domain has a folder of its own), and ``confidence/``, what the gate sees of base and memory.
+    ``timing.json`` has the seconds that scoring the reported split took, by row.
 
     Raises:
         MemdecError: an input that does not belong to the others, named with both fingerprints.
