@@ -144,6 +144,14 @@ def test_without_a_text_outside_the_domain(tmp_path):
     assert "outside the domain" not in path.read_text().lower()
 
 
+def test_an_infinite_gain_is_shown(tmp_path):
+    found = results()
+    found["rows"][2]["tail_gain"] = None
+    path = tmp_path / "report.html"
+    write_report(write_evaluation(tmp_path / "eval", **found), path)
+    assert "<td>memory</td><td>\N{INFINITY}</td>" in path.read_text()
+
+
 def test_a_report_on_validation(tmp_path):
     found = results()
     found["split"] = "validation"
