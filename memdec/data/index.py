@@ -92,18 +92,20 @@ class FaissIndex:
         distances = distances.clamp(min=0).abs()  # no -0.0, which would not be packed in order
         packed = pack(distances.masked_fill(dropped, torch.inf), ids.masked_fill(dropped, 0))
         distances, ids = unpack(packed.sort(dim=1).values[:, :k])
-        return Found(distances, torch.where(torch.isinf(distances), -1, ids), torch.tensor(False))
+        wrong = torch.tensor(not np.isfinite(queries).all())
+        return Found(distances, torch.where(torch.isinf(distances), -1, ids), wrong)
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
         """What FAISS finds, on the device; by way of pinned memory, which a GPU reads and fills fast."""
         import torch
 
         host = partial(torch.empty, pin_memory=torch.cuda.is_available())
-        wide = host(queries.shape).copy_(torch.from_numpy(queries))
+        wide = host(queries.shape).numpy()
+        wide[:] = queries
         distances, ids = host(len(queries), k), host(len(queries), k, dtype=torch.int64)
         arrays = {"D": distances.numpy(), "I": ids.numpy()}
-        if not self._search_on_gpus(wide.numpy(), k, arrays):
-            self._index.search(wide.numpy(), k, **arrays)
+        if not self._search_on_gpus(wide, k, arrays):
+            self._index.search(wide, k, **arrays)
         return (
             distances.to(self._device, non_blocking=True),
             ids.to(self._device, non_blocking=True),
