@@ -65,7 +65,7 @@ def outside_curve(results: Mapping[str, Any]) -> str:
         gated = rows.get(ADAPTIVE)
         if gated is not None:
             found = gated if text == split else gated["outside"][text]
-            ratio = found["perplexity"] / points[0]
+            ratio = _perplexities([found["nll"]])[0] / points[0]
             label = f"{text}, a lmbda a token"
             axes.axhline(ratio, color=colour, linewidth=1, linestyle="--", label=label)
     axes.axvline(results["lmbda"]["joint"], color=COLOURS["base"], linewidth=1, linestyle=":")
@@ -131,7 +131,8 @@ def _svg(figure: Figure, axes: Axes, name: str) -> str:
 
 
 def _perplexities(nlls: Sequence[float | None]) -> list[float]:
-    return [math.nan if nll is None else math.exp(nll) for nll in nlls]
+    """NaN, which is not drawn, for what is infinite or nearly."""
+    return [math.exp(nll) if nll is not None and nll < 700 else math.nan for nll in nlls]
 
 
 def _gain(nll: Mapping[str, float | None], name: str) -> float:
