@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,3 +141,14 @@ def test_a_token_that_the_model_has_no_row_for_spells_nothing() -> None:
     after = transfer_vocabulary(model, longer, longer).get_input_embeddings().weight
     torch.testing.assert_close(after[: len(OLD)], before)
     torch.testing.assert_close(after[ids(longer, ["hand"])[0]], before.mean(dim=0))
+
+
+def test_ids_of_the_new_tokenizer_may_skip_some() -> None:
+    parts = json.loads(NEW.backend_tokenizer.to_str())
+    parts["model"]["vocab"]["and"] = 500
+    skipping = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
+    model = tiny_model("Llama", vocab_size=len(OLD), tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    after = transfer_vocabulary(model, OLD, skipping).get_input_embeddings().weight
+    assert len(after) == 512
+    torch.testing.assert_close(after[500], before[ids(OLD, ["an", "d"])].mean(dim=0))
