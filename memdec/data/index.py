@@ -85,23 +85,25 @@ class FaissIndex:
         from memdec.data.exact import Found, pack, unpack
 
         wanted = k if exclude is None else k + 1
-        distances, ids = self._search(queries, wanted)
+        distances, ids, wrong = self._search(queries, wanted)
         dropped = ids < 0
         if exclude is not None:
             dropped |= ids == torch.from_numpy(np.array(exclude)).to(self._device)[:, None]
         distances = distances.clamp(min=0).abs()  # no -0.0, which would not be packed in order
         packed = pack(distances.masked_fill(dropped, torch.inf), ids.masked_fill(dropped, 0))
         distances, ids = unpack(packed.sort(dim=1).values[:, :k])
-        wrong = torch.tensor(not np.isfinite(queries).all())
         return Found(distances, torch.where(torch.isinf(distances), -1, ids), wrong)
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-        """What FAISS finds, on the device; by way of pinned memory, which a GPU reads and fills fast."""
+    def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What FAISS finds, on the device, and whether a query was none.
+
+        By way of pinned memory, which a GPU reads and fills fast.
+        """
         import torch
 
         host = partial(torch.empty, pin_memory=torch.cuda.is_available())
-        wide = host(queries.shape).numpy()
-        wide[:] = queries
+        given = torch.from_numpy(np.require(queries, requirements="W"))  # torch wants it writable
+        wide = host(queries.shape).copy_(given).numpy()
         distances, ids = host(len(queries), k), host(len(queries), k, dtype=torch.int64)
         arrays = {"D": distances.numpy(), "I": ids.numpy()}
         if not self._search_on_gpus(wide, k, arrays):
@@ -109,6 +111,7 @@ class FaissIndex:
         return (
             distances.to(self._device, non_blocking=True),
             ids.to(self._device, non_blocking=True),
+            torch.tensor(not np.isfinite(wide).all()),
         )
 
     def _search_on_gpus(self, queries: np.ndarray, k: int, arrays: dict[str, np.ndarray]) -> bool:
