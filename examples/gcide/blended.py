@@ -26,6 +26,7 @@ from memdec.data.artefact import stage
 from memdec.data.corpus import TokenCorpus
 from memdec.data.sources import TeacherSource, Top
 from memdec.data.targets import TargetStore
+from memdec.errors import MemdecError
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets, knn_scatter
 
@@ -101,6 +102,9 @@ def blended_rows(
         parts = []
         with Progress("blending", stream.positions, "rows") as progress:
             for top in source.top(0, stream.positions):
+                for message, wrong in top.errors.items():
+                    if wrong:
+                        raise MemdecError(message)
                 near = _near(neighbours, top)
                 parts.append(blend(top, near, lmbda, options["max_entries"]).to("cpu"))
                 progress.advance(top.stop - top.start)

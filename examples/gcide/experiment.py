@@ -262,7 +262,7 @@ class Experiment:
         work = self.shared if models == (self.base,) else self.work
         file = ScoreFile(work / "scores" / f"{_file_name(name)}.npz")
         fingerprint = " ".join(model_fingerprint(model) for model in models)
-        found = file.read(fingerprint)
+        found = file.read(fingerprint, self.texts)
         if found is None:
             if len(models) == 1:
                 loaded = load_model(*models, device=self.device)

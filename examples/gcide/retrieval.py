@@ -18,6 +18,7 @@ import torch
 from scores import Text, documents
 from transformers import PreTrainedModel
 
+from memdec.config import require
 from memdec.console import Progress
 from memdec.data.artefact import stage
 from memdec.data.corpus import TokenCorpus
@@ -158,7 +159,12 @@ def score_retrieved(
         entries: the train split's :func:`scores.documents`.
         alone: the base's, [positions]; of pieces for which nothing was found.
         room: tokens of a context for what was found; an entry that is longer is cut.
+
+    Raises:
+        MemdecError: no room beside that for the longest piece.
     """
+    longest = int(np.diff(pieces.bounds, axis=1).max())
+    require(room + longest <= block_size, "room", f"at most {block_size - longest}", room)
     tokens = text.stream.read(0, text.positions + 1)
     log_probs = alone.astype(np.float32)
     wanted = np.flatnonzero(pieces.found[:, 0] >= 0)

@@ -56,18 +56,20 @@ class ScoreFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, fingerprint: str) -> dict[str, LabelScores] | None:
-        """Scores by text, None unless they are of this very model."""
+    def read(self, fingerprint: str, texts: Mapping[str, Text]) -> dict[str, LabelScores] | None:
+        """Scores by text, None unless they are of this very model and of so much of these texts."""
         if not self.path.is_file():
             return None
         with np.load(self.path) as arrays:
             if str(arrays["model"]) != fingerprint:
                 return None
-            names = sorted({key.rpartition("/")[0] for key in arrays.files if "/" in key})
-            return {
+            found = {
                 name: LabelScores(arrays[f"{name}/log_probs"], arrays[f"{name}/confidence"])
-                for name in names
+                for name in texts
+                if f"{name}/log_probs" in arrays
             }
+        sizes = {name: len(one.log_probs) for name, one in found.items()}
+        return found if sizes == {name: one.positions for name, one in texts.items()} else None
 
     def write(self, fingerprint: str, scores: Mapping[str, LabelScores]) -> None:
         arrays = {

@@ -43,26 +43,31 @@ class FaissIndex:
         FAISS need not return a key first for itself, nor sort, nor find k: -1 is no neighbour.
         """
         wanted = k if exclude is None else k + 1
-        distances, ids = self._search(queries, wanted)
+        distances, ids, wrong = self._search(queries, wanted)
         dropped = ids < 0
         if exclude is not None:
             dropped |= ids == torch.from_numpy(np.array(exclude)).to(self._device)[:, None]
         distances = distances.clamp(min=0).abs()  # no -0.0, which would not be packed in order
         packed = pack(distances.masked_fill(dropped, torch.inf), ids.masked_fill(dropped, 0))
         distances, ids = unpack(packed.sort(dim=1).values[:, :k])
-        return Found(distances, torch.where(torch.isinf(distances), -1, ids), torch.tensor(False))
+        return Found(distances, torch.where(torch.isinf(distances), -1, ids), wrong)
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-        """What FAISS finds, on the device; by way of pinned memory, which a GPU reads and fills fast."""
-        host = partial(torch.empty, pin_memory=torch.cuda.is_available())
-        wide = host(queries.shape).copy_(torch.from_numpy(queries))
+    def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What FAISS finds, on the device, and whether a query was none.
+
+        By way of pinned memory, which a GPU reads and fills fast.
+        """
+        host = partial(torch.empty, pin_memory=self._device.type == "cuda")
+        given = torch.from_numpy(np.require(queries, requirements="W"))  # torch wants it writable
+        wide = host(queries.shape).copy_(given).numpy()
         distances, ids = host(len(queries), k), host(len(queries), k, dtype=torch.int64)
         arrays = {"D": distances.numpy(), "I": ids.numpy()}
-        if not self._search_on_gpus(wide.numpy(), k, arrays):
-            self._index.search(wide.numpy(), k, **arrays)
+        if not self._search_on_gpus(wide, k, arrays):
+            self._index.search(wide, k, **arrays)
         return (
             distances.to(self._device, non_blocking=True),
             ids.to(self._device, non_blocking=True),
+            torch.tensor(not np.isfinite(wide).all()),
         )
 
     def _search_on_gpus(self, queries: np.ndarray, k: int, arrays: dict[str, np.ndarray]) -> bool:
@@ -81,6 +86,6 @@ class FaissIndex:
             self._on_gpus = None
             say_once(f"FAISS searches on the CPU from now on: {reason(error)}")
             return False
-        if torch.cuda.is_available():  # FAISS need not wait for a copy into pinned memory
+        if self._device.type == "cuda":  # FAISS need not wait for a copy into pinned memory
             torch.cuda.synchronize(self._device)
         return True

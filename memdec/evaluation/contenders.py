@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from memdec.data.artefact import StageWriter, check_input, check_option
-from memdec.data.corpus import TokenCorpus, TokenStream
+from memdec.data.corpus import SPLITS, TokenCorpus, TokenStream
 from memdec.data.datastore import Datastore
 from memdec.data.targets import TargetStore
 from memdec.evaluation.forward import check_model, label_scores
@@ -154,11 +154,11 @@ class Contenders:
                 if split == self.config.split:
                     facts["seconds"] = time.monotonic() - start
                 for folder, array in arrays.items():
-                    writer.write(f"{folder}/{split}-{name}.npy", partial(np.save, arr=array))
+                    writer.write(_file(folder, split, name), partial(np.save, arr=array))
             writer.set_note(name, facts)
 
         def kept(folder: str) -> dict[str, np.ndarray]:
-            files = {split: f"{folder}/{split}-{name}.npy" for split in self.streams}
+            files = {split: _file(folder, split, name) for split in self.streams}
             return {split: np.load(writer.file(file)) for split, file in files.items()}
 
         confidence = kept("confidence") if name in GATED else {}
@@ -204,3 +204,9 @@ class Contenders:
             "vocab_size": self.corpus.vocab_size,
             "positions": self.positions(split),
         }
+
+
+def _file(folder: str, stream: str, contender: str) -> str:
+    """Where scores lie. Names of texts and of models may hold hyphens, so these do not part them."""
+    between = "-" if stream in SPLITS else "/"
+    return f"{folder}/{stream}{between}{contender}.npy"

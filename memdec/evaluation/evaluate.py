@@ -47,9 +47,9 @@ def evaluate(config: EvalConfig, out: Path) -> Artefact:
 
     where an infinite value is None; ``passage.json`` with the probability of each of the first
     tokens of the split under ``base``, ``memory``, ``joint`` and ``kNN-LM``; ``scores/``, the
-    float32 log-probability of each position's label per split and contender, and ``confidence/``,
-    what the gate sees of base and memory. ``timing.json`` has the seconds that scoring the reported
-    split took, by row.
+    float32 log-probability of each position's label per split and contender (a text outside the
+    domain has a folder of its own), and ``confidence/``, what the gate sees of base and memory.
+    ``timing.json`` has the seconds that scoring the reported split took, by row.
 
     Raises:
         MemdecError: an input that does not belong to the others, named with both fingerprints.

@@ -56,7 +56,8 @@ def function_words(tokenizer: Any, labels: np.ndarray) -> np.ndarray:
 
 def median_gain(base: np.ndarray, other: np.ndarray, where: np.ndarray) -> float:
     """Median of ``p_other / p_base`` over some positions, from log-probabilities [positions]."""
-    return float(np.exp(np.median(other[where].astype(np.float64) - base[where])))
+    with np.errstate(over="ignore", invalid="ignore"):  # base may give next to nothing, or nothing
+        return float(np.exp(np.median(other[where].astype(np.float64) - base[where])))
 
 
 def mean_change(base: np.ndarray, other: np.ndarray, where: np.ndarray) -> float | None:

@@ -13,7 +13,10 @@ from memdec.errors import MemdecError
 
 JOINT_ADAPTIVE = "joint, adaptive lmbda"  # the row with a lmbda a token
 
-_OWN_NAMES = ("base", "kNN-LM", "memory", "joint", "kNN", "tokens", "datastore", "targets")
+_OWN_NAMES = (
+    *("base", "kNN-LM", "memory", "joint", "kNN", "tokens", "datastore", "targets"),
+    *("validation", "test"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

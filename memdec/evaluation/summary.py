@@ -138,7 +138,7 @@ def _behaviour(
     for name, values in log_probs.items():
         change = mean_change(base, values, words)
         found[name] = {
-            "tail_gain": median_gain(base, values, rarest),
+            "tail_gain": _finite(median_gain(base, values, rarest)),
             "function_words": None if change is None else _finite(change),
         }
     return found

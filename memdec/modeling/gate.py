@@ -10,7 +10,7 @@ context and about :data:`SHARE` nats a token.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -135,13 +135,14 @@ class Gate:
     output_bias: float
 
     def __post_init__(self) -> None:
-        units = len(self.hidden_bias)
-        sizes = [units, len(self.output_weight), *map(len, self.hidden_weight)]
-        wanted = [len(self.hidden_weight)] * 2 + [FEATURES] * len(self.hidden_weight)
-        require(sizes == wanted, "the sizes of a gate", f"those of {FEATURES} features", sizes)
+        rows = self.hidden_weight if isinstance(self.hidden_weight, tuple) else ()
+        lists = (self.hidden_bias, self.output_weight, *rows)
+        sizes = [len(one) if isinstance(one, tuple) else None for one in lists]
+        fits = len(rows) > 0 and sizes == [len(rows)] * 2 + [FEATURES] * len(rows)
+        require(fits, "the sizes of a gate", f"those of {FEATURES} features", sizes)
         values = [*sum(self.hidden_weight, ()), *self.hidden_bias, *self.output_weight]
         for value in (*values, self.output_bias):
-            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            finite = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
             require(finite, "a number of a gate", "finite", value)
 
     @classmethod
@@ -149,12 +150,13 @@ class Gate:
         """From the fields as JSON keeps them.
 
         Raises:
-            MemdecError: other fields, as of a gate of another kind.
+            MemdecError: no fields, or others, as of a gate of another kind.
         """
         names = [field.name for field in fields(cls)]
-        if set(saved) != set(names):
+        found = list(saved) if isinstance(saved, Mapping) else []
+        if set(found) != set(names):
             raise MemdecError(
-                f"expected a gate with {', '.join(names)}, got {', '.join(saved) or 'none'}: "
+                f"expected a gate with {', '.join(names)}, got {', '.join(found) or 'none'}: "
                 "fit it anew, with eval"
             )
         return cls(**{name: _as_tuples(saved[name]) for name in names})

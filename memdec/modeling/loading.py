@@ -34,6 +34,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 # How transformers itself looks for weights, in its order of preference.
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _LEGACY_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 # What transformers raises for files that are missing, cut, of another shape or an unknown kind.
 _LIBRARY_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -107,6 +108,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         MemdecError: there is none.
     """
     source, options = _source(name)
+    if not has_tokenizer(name):  # transformers would make an empty one of the model's kind
+        raise MemdecError(f"no tokenizer at {name}: expected {' or '.join(_TOKENIZER_FILES)} in it")
     with _one_line_errors("tokenizer", name):
         return AutoTokenizer.from_pretrained(source, **options)
 
@@ -114,8 +117,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def has_tokenizer(name: str | Path) -> bool:
     """Whether a tokenizer lies beside the model (a .gguf file carries its own)."""
     source, options = _source(name)
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    return bool(options) or any((source / file).is_file() for file in files)
+    return bool(options) or any((source / file).is_file() for file in _TOKENIZER_FILES)
 
 
 def model_fingerprint(name: str | Path) -> str:

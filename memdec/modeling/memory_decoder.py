@@ -44,8 +44,9 @@ class MemoryDecoderConfig(PreTrainedConfig):
     """How base and memory go together.
 
     Args:
-        lmbda: the memory's weight in the mixture, in [0, 1], or the fields of a
-            :class:`memdec.modeling.gate.Gate`, which gives each token a weight of its own.
+        lmbda: the memory's weight in the mixture, in [0, 1], or a
+            :class:`memdec.modeling.gate.Gate`, or its fields, which gives each token a weight of
+            its own.
         base_name: directory, hub name or .gguf file of the base; None when it is saved beside.
         tokenizer_size: ``len(tokenizer)``, the number of real tokens; columns of the logits from
             there on are padding. None: all are real.
@@ -56,7 +57,7 @@ class MemoryDecoderConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        lmbda: float | dict[str, Any] = 0.5,
+        lmbda: float | Gate | dict[str, Any] = 0.5,
         base_name: str | None = None,
         tokenizer_size: int | None = None,
         vocab_size: int = 0,
@@ -190,6 +191,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the base has no name, and `save_base` is not set.
         """
         config = copy.deepcopy(self.config)
+        if isinstance(config.lmbda, Gate):
+            config.lmbda = dataclasses.asdict(config.lmbda)
         if save_base:
             config.base_name = None
         elif config.base_name is None:
@@ -272,16 +275,17 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         real = min(self.config.tokenizer_size or width, width)
         logits = base.logits, memory.logits
         after = _paired(base.get(CACHE), memory.get(CACHE))
+        evidence = None  # without a gate that of an earlier pass is no longer of what is there
         if gated is not None:
             states = gated.states(*logits, real)
             evidence = gated.evidence(*logits, states, logits_to_keep)
-            for one in (cache, after):
-                if one is not None:
-                    one.evidence = evidence
             counted = isinstance(logits_to_keep, int)
             kept = slice(-logits_to_keep, None) if counted else logits_to_keep
             logits = logits[0][:, kept], logits[1][:, kept]
             weight = lmbda_of(states[:, kept])
+        for one in (cache, after):
+            if one is not None:
+                one.evidence = evidence
         log_probs = fused_interpolate(*logits, weight, vocab_size=real)
         loss = None
         if labels is not None:
@@ -324,7 +328,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _lmbda(config: Any) -> Any:
-    """A number, or the gate whose fields the configuration holds."""
+    """A number, or the gate that the configuration holds, perhaps as its fields."""
     return Gate.from_dict(config.lmbda) if isinstance(config.lmbda, dict) else config.lmbda
 
 

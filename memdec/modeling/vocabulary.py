@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = Literal["mean", "random"]
 
-_WIDTH_OF = (
-    64  # the vocabulary is padded to a multiple: tensor cores halve their pace at an odd one
-)
+# The vocabulary is padded to a multiple: tensor cores halve their pace at an odd one.
+_WIDTH_OF = 64
+_BEFORE = "\n"  # stands before a text; tokenizers join little to it
 
 
 def transfer_vocabulary(
@@ -37,10 +37,11 @@ def transfer_vocabulary(
         seed: of random rows.
 
     Returns:
-        The model. Its vocabulary is ``len(target)``, padded to a multiple of 64, and its special
-        tokens are the target's; embeddings and output are tied if they were.
+        The model. Its vocabulary is the target's, padded to a multiple of 64, and its special tokens
+        are the target's; embeddings and output are tied if they were.
     """
-    width = -(-len(target) // _WIDTH_OF) * _WIDTH_OF
+    size = max(len(target), *(index + 1 for index in target.get_vocab().values()))  # ids may skip
+    width = -(-size // _WIDTH_OF) * _WIDTH_OF
     old = [parameter.detach().clone() for parameter in _vocabulary_parameters(model)]
     model.resize_token_embeddings(width, mean_resizing=False)
     spelled = _spellings(source, target, width) if rows == "mean" else None
@@ -74,25 +75,50 @@ def _spellings(
 ) -> list[list[int]]:
     """For each new id the old ids that spell it; none where it has no text of its own."""
     known = source.get_vocab()
-    tokens: dict[int, str] = {index: token for token, index in target.get_vocab().items()}
-    spelled: list[list[int]] = []
-    for index in range(width):
-        if index not in tokens:
-            spelled.append([])
-        elif tokens[index] in known:
-            spelled.append([known[tokens[index]]])
+    spelled: list[list[int]] = [[] for _ in range(width)]
+    others = []
+    for token, index in target.get_vocab().items():
+        if token in known:
+            spelled[index] = [known[token]]
         else:
-            text = target.decode([index], clean_up_tokenization_spaces=False)
-            part_of_a_character = "\ufffd" in text
-            ids = [] if part_of_a_character else source.encode(text, add_special_tokens=False)
-            spelled.append(ids)
+            others.append(index)
+    texts = _texts(target, others)
+    for index, text, ids in zip(others, texts, _encode(source, texts), strict=True):
+        part_of_a_character = "\ufffd" in text
+        spelled[index] = [] if part_of_a_character else ids
     return spelled
 
 
+def _texts(tokenizer: PreTrainedTokenizerBase, indices: list[int]) -> list[str]:
+    """Tokens' texts inside a line: at its beginning SentencePiece would drop a token's space."""
+    before = _ids(tokenizer, "a")
+    rows = [before, *([*before, index] for index in indices)]
+    start, *texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+    return [text.removeprefix(start) for text in texts]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Texts' ids inside a text: at its beginning SentencePiece would put a space before them."""
+    before = _ids(tokenizer, _BEFORE)
+    rows = [_BEFORE + text for text in texts]
+    encoded = tokenizer(rows, add_special_tokens=False)["input_ids"] if rows else []
+    return [
+        ids[len(before) :] if ids[: len(before)] == before else _ids(tokenizer, text)
+        for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def _means(old: Tensor, spelled: list[list[int]]) -> Tensor:
-    """The mean of the old rows of each entry; of all rows where there are none."""
+    """The mean of the old rows of each entry; of all rows where there are none.
+
+    A tokenizer may have tokens that its model has no rows for.
+    """
     new = old.float().mean(dim=0).expand(len(spelled), *old.shape[1:]).clone()
     for index, ids in enumerate(spelled):
-        if ids:
-            new[index] = old[ids].float().mean(dim=0)
+        if there := [one for one in ids if one < len(old)]:
+            new[index] = old[there].float().mean(dim=0)
     return new

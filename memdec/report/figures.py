@@ -135,7 +135,8 @@ def _svg(figure: Figure, axes: Axes, name: str) -> str:
 
 
 def _perplexities(nlls: Sequence[float | None]) -> list[float]:
-    return [math.nan if nll is None else math.exp(nll) for nll in nlls]
+    """NaN, which is not drawn, for what is infinite or nearly."""
+    return [math.exp(nll) if nll is not None and nll < 700 else math.nan for nll in nlls]
 
 
 def _gain(nll: Mapping[str, float | None], name: str) -> float:

@@ -117,7 +117,7 @@ def side_effects(results: Mapping[str, Any]) -> Table:
         head.append(f"{text}: perplexity ({facts['positions']:,} tokens)")
     rows = []
     for row in results["rows"]:
-        gain, words = f"{row['tail_gain']:.2f}", row["function_words"]
+        gain, words = number(row["tail_gain"], 2), row["function_words"]
         cells = [row["name"], gain, "" if words is None else f"{words:.2f}"]
         for text, found in row["outside"].items():
             change = _change(found["perplexity"], base["outside"][text]["perplexity"])

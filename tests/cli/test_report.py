@@ -144,6 +144,24 @@ def test_without_a_text_outside_the_domain(tmp_path):
     assert "outside the domain" not in path.read_text().lower()
 
 
+def test_an_infinite_gain_is_shown(tmp_path):
+    found = results()
+    found["rows"][2]["tail_gain"] = None
+    path = tmp_path / "report.html"
+    write_report(write_evaluation(tmp_path / "eval", **found), path)
+    assert "<td>memory</td><td>\N{INFINITY}</td>" in path.read_text()
+
+
+def test_an_infinite_perplexity_outside_is_shown_and_not_drawn(tmp_path):
+    found = results()
+    for row in found["rows"]:
+        row["outside"]["python <3>"] |= {"nll": None, "perplexity": None}
+    found["curves"]["joint"]["outside-python <3>"] = [None, 800.0, 2.7, 3.0, 5.0]
+    path = tmp_path / "report.html"
+    write_report(write_evaluation(tmp_path / "eval", **found), path)
+    assert path.read_text().count("<td>\N{INFINITY}</td></tr>") == len(found["rows"])
+
+
 def test_a_report_on_validation(tmp_path):
     found = results()
     found["split"] = "validation"

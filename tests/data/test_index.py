@@ -300,6 +300,18 @@ def test_faiss_indexes_find_what_exact_search_finds(tmp_path, spec):
 
 
 @needs_faiss
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_faiss_is_asked_for_no_query_that_is_none(tmp_path, wrong):
+    """FAISS would find it no neighbour, and a target without any teaches nothing."""
+    keys = make_keys(400)
+    index = FaissIndex(saved("IVF4,Flat", [keys], tmp_path / "index"), nprobe=4)
+    queries = keys[:3].copy()
+    queries[1, 5] = wrong
+    with pytest.raises(MemdecError, match="a query is not a number"):
+        index.search(queries, 4, None)
+
+
+@needs_faiss
 def test_nprobe_reaches_an_index_behind_a_transform(tmp_path):
     keys = make_keys(400)
     path = saved("OPQ4,IVF8,Flat", [keys], tmp_path / "index")

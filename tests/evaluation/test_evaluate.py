@@ -246,6 +246,7 @@ def test_a_datastore_of_another_teacher_is_refused(config, tmp_path):
         ({"others": ("joint=x",)}, "names of their own, got 'joint=x'"),
         ({"others": ("x",)}, "others must be name=path"),
         ({"outside": ("x=a", "x=b")}, "outside must be name=path with names of their own"),
+        ({"outside": ("test=a",)}, "names of their own, got 'test=a'"),
         ({"bootstrap": 0}, "bootstrap must be at least 1"),
     ],
 )
@@ -312,6 +313,37 @@ def test_another_text_outside_the_domain_is_another_evaluation(elsewhere, tmp_pa
     gone = dataclasses.replace(config, outside=("gone=nowhere",))
     with pytest.raises(MemdecError, match="found none at nowhere"):
         evaluate(gone, tmp_path / "eval")
+
+
+def test_no_hyphen_in_a_name_confuses_texts_and_models(config, tmp_path):
+    """memory on t-x is not x-memory on t; the first is read back when the run goes on."""
+    (tmp_path / "t.txt").write_text("w1 w3 w2")
+    (tmp_path / "t-x.txt").write_text("w5 w7 w1 w5 w4")
+    given = dataclasses.replace(
+        config,
+        others=(f"x-memory={config.memory}",),
+        outside=(f"t={tmp_path / 't.txt'}", f"t-x={tmp_path / 't-x.txt'}"),
+        datastore=None,
+        targets=None,
+    )
+    evaluate(given, tmp_path / "eval")
+    found = sorted(tmp_path.glob("eval/scores/**/*.npy"))
+    assert len(found) == (2 + 2) * 3
+    sizes = {str(file.relative_to(tmp_path)): len(np.load(file)) for file in found}
+    assert sizes["eval/scores/outside-t/x-memory.npy"] == 4
+    assert sizes["eval/scores/outside-t-x/memory.npy"] == 6
+
+
+def test_a_base_that_gives_next_to_nothing_has_results(config, tmp_path):
+    model = load_model(config.base)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "base")
+    given = dataclasses.replace(config, base=str(tmp_path / "base"), datastore=None, targets=None)
+    evaluate(given, tmp_path / "eval")
+    by_name = rows(json.loads((tmp_path / "eval" / "eval.json").read_text()))
+    assert by_name["base"]["perplexity"] is None
+    assert by_name["memory"]["tail_gain"] is None
 
 
 def test_what_happens_to_rare_tokens_and_to_function_words(evaluated, results, tiny):

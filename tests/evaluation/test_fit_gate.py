@@ -179,3 +179,9 @@ def test_evidence_follows_the_better_one():
     assert weights[0] == 0.5
     assert weights[20:500].min() > 0.99
     assert weights[520:].max() < 0.01
+
+
+def test_a_label_that_neither_gives_any_mass_is_no_evidence():
+    base, mixed = np.full(50, -4.0, np.float32), np.full(50, -4.0, np.float32)
+    base[20] = mixed[20] = -np.inf
+    assert np.allclose(evidence(base, mixed, stream(50), 50), 0.5)

@@ -18,6 +18,8 @@ import yaml
 from memdec.data.artefact import stage
 from memdec.data.corpus import KIND, SPLITS, TokenCorpus
 from memdec.data.sources import Top
+from memdec.errors import MemdecError
+from memdec.evaluation.forward import LabelScores
 from memdec.modeling.loading import load_model, model_fingerprint
 from memdec.ops import SparseTargets
 
@@ -240,6 +242,37 @@ def test_an_ensemble_answers_the_mean_distribution(tiny: ModuleType, tmp_path: P
         found = importlib.import_module("blended").Ensemble.load(models)(input_ids=tokens).logits
         members = [load_model(model)(input_ids=tokens).logits.softmax(-1) for model in models]
     torch.testing.assert_close(found.exp(), (members[0] + members[1]) / 2)
+
+
+def test_a_teacher_whose_logits_are_no_numbers_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
+    model = load_model(tiny.model)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    model.save_pretrained(tmp_path / "teacher")
+    options = {"top_m": 8, "max_entries": None, "block_size": 32, "batch_blocks": 4}
+    with pytest.raises(MemdecError, match="the teacher's logits at positions 0 to"):
+        importlib.import_module("blended").blended_rows(
+            [str(tmp_path / "teacher")],
+            TokenCorpus.open(tiny.tokens),
+            None,
+            tmp_path / "rows",
+            lmbda=0.0,
+            device="cpu",
+            options={**options, "dtype": "float32"},
+        )
+
+
+def test_kept_scores_are_of_the_same_texts(tiny: ModuleType, tmp_path: Path) -> None:
+    scores = importlib.import_module("scores")
+    stream = TokenCorpus.open(tiny.tokens).split("test")
+    of_one = {"test": scores.Text(stream, 3)}
+    answers = LabelScores(np.zeros(3, np.float32), np.zeros((3, 2), np.float32))
+    file = scores.ScoreFile(tmp_path / "base.npz")
+    file.write("model", {"test": answers, "more": answers})
+    assert list(file.read("model", of_one)) == ["test"]
+    assert file.read("another", of_one) is None
+    assert file.read("model", {**of_one, "else": scores.Text(stream, 3)}) is None
+    assert file.read("model", {"test": scores.Text(stream, 4)}) is None
 
 
 def test_sampling_into_reserved_memory_is_sampling(

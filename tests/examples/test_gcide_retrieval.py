@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memdec.data.corpus import TokenCorpus
+from memdec.errors import MemdecError
 from memdec.modeling.loading import load_model
 
 BLOCK, STRIDE, ROOM = 32, 8, 14
@@ -121,3 +122,22 @@ def test_a_passage_ends_with_the_best_and_cuts_what_is_too_long(retrieval: Modul
     assert retrieval.passage(entries, 0, 8).tolist() == [0, 3, 4, 5, 0, 1, 2, 0]
     assert retrieval.passage(entries, 0, 7).tolist() == [0, 1, 2, 0]
     assert retrieval.passage([np.arange(1, 20)], 0, 6).tolist() == [0, 1, 2, 3, 4, 0]
+
+
+def test_a_passage_must_leave_room_for_the_piece(
+    retrieval: ModuleType, corpus: TokenCorpus, text: object, bounds: np.ndarray, tiny: ModuleType
+) -> None:
+    """Else the answers of a piece's first tokens would be taken from what was found."""
+    with pytest.raises(MemdecError, match="room must be at most 24, got 25"):
+        retrieval.score_retrieved(
+            load_model(tiny.model),
+            text,
+            retrieval.Pieces(bounds, np.zeros((len(bounds), 1), np.int32)),
+            importlib.import_module("scores").documents(corpus.split("train")),
+            np.zeros(text.positions),
+            separator=corpus.separator_id,
+            vocab_size=corpus.vocab_size,
+            block_size=BLOCK,
+            room=BLOCK - STRIDE + 1,
+            description="test",
+        )

@@ -102,14 +102,34 @@ def test_a_gate_has_numbers_that_fit() -> None:
         dataclasses.replace(GATE, hidden_weight=tuple(row[1:] for row in GATE.hidden_weight))
 
 
-@pytest.mark.parametrize("saved", [{}, {"bias": 0.3, "base_log_max": -2.0}])
-def test_what_was_saved_as_another_gate_is_refused(saved: dict) -> None:
+@pytest.mark.parametrize("saved", [None, [1, 2], {}, {"bias": 0.3, "base_log_max": -2.0}])
+def test_what_was_saved_as_another_gate_is_refused(saved: Any) -> None:
     with pytest.raises(MemdecError, match=r"expected a gate with hidden_weight, .* fit it anew"):
         Gate.from_dict(saved)
+
+
+@pytest.mark.parametrize("saved", [{}, {"bias": 0.3, "base_log_max": -2.0}])
+def test_a_pair_whose_gate_is_another_refuses_to_run(saved: dict) -> None:
     model = pair()
     model.config.lmbda = saved
     with pytest.raises(MemdecError, match=r"expected a gate with hidden_weight, .* fit it anew"):
         model(prompt())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_weight": 3},
+        {"hidden_weight": [1.0] * 8},
+        {"hidden_bias": None},
+        {"output_weight": {"a": 1.0}},
+        {"hidden_weight": [], "hidden_bias": [], "output_weight": []},
+        {"output_bias": 10**400},
+    ],
+)
+def test_what_is_no_network_is_refused(changes: dict) -> None:
+    with pytest.raises(MemdecError, match="of a gate must be"):
+        Gate.from_dict(dataclasses.asdict(GATE) | changes)
 
 
 @pytest.mark.parametrize("value", ["adaptive", dataclasses.asdict(GATE), None, float("nan")])
@@ -290,6 +310,17 @@ def test_a_cache_without_the_evidence_is_refused() -> None:
         model(ids, **{CACHE: cache})
 
 
+def test_a_pass_without_a_gate_leaves_no_evidence_of_what_it_replaced() -> None:
+    model, ids = pair(), prompt()
+    cache = getattr(model(ids), CACHE)
+    cache.crop(-3)
+    model.config.lmbda = 0.5
+    model(ids[:, :3], **{CACHE: cache})  # as many tokens as before, but others
+    model.config.lmbda = GATE
+    with pytest.raises(ValueError, match="cannot go on from a cache that was filled without one"):
+        model(ids[:, :1], **{CACHE: cache})
+
+
 def test_a_mask_that_does_not_tell_the_padding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask as \[batch, past \+ length\]"):
         pair()(prompt(), attention_mask=torch.ones(2, 1, 7, 7))
@@ -318,8 +349,17 @@ def test_saved_and_loaded_equal(tmp_path: Path) -> None:
     assert generate(again, ids) == generate(model, ids)
 
 
-def test_the_configuration_may_change_from_a_number_to_a_gate() -> None:
+def test_a_gate_that_was_put_in_later_is_saved(tmp_path: Path) -> None:
+    model = pair(lmbda=0.5)
+    model.config.lmbda = GATE
+    model.save_pretrained(tmp_path, save_base=True)
+    found = MemoryDecoderForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(found(prompt()).logits, pair()(prompt()).logits)
+
+
+@pytest.mark.parametrize("gate", [GATE, dataclasses.asdict(GATE)])
+def test_the_configuration_may_change_from_a_number_to_a_gate(gate: Any) -> None:
     model, ids = pair(lmbda=0.0), prompt()
-    model.config.lmbda = dataclasses.asdict(GATE)
+    model.config.lmbda = gate
     assert torch.equal(model(ids).logits, pair()(ids).logits)
     assert not torch.equal(model(ids).logits, pair(lmbda=0.0)(ids).logits)

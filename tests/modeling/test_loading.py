@@ -188,6 +188,14 @@ def test_has_tokenizer(directory: Path, tmp_path: Path) -> None:
     assert not has_tokenizer(saved(tiny_model("GPT2"), tmp_path / "bare"))
 
 
+@pytest.mark.parametrize("architecture", ["GPT2", "Llama"])
+def test_a_model_without_a_tokenizer_gets_none(architecture: str, tmp_path: Path) -> None:
+    """transformers makes an empty one for some kinds of models."""
+    bare = saved(tiny_model(architecture), tmp_path / "bare")
+    with pytest.raises(MemdecError, match=r"no tokenizer at .*bare: expected tokenizer\.json or"):
+        load_tokenizer(bare)
+
+
 def test_equal_tokenizers_compare_quietly(directory: Path) -> None:
     compare_tokenizers(load_tokenizer(directory), tiny_tokenizer())
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import saved, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from memdec.modeling.loading import load_model
@@ -22,6 +23,24 @@ def byte_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def sentence_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
+    """As SentencePiece's of Llama 2: a space is "▁", and stands before every text."""
+    tokens = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokens += "abcdefghijklmnopqrstuvwxyz"
+    pairs = [tuple(merge.split()) for merge in merges]
+    tokens += ["".join(pair) for pair in pairs]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(
+        models.BPE(vocabulary, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
 
 
 OLD = byte_tokenizer("t h", "th e", "a n", "Ġ an")
@@ -86,3 +105,50 @@ def test_a_part_of_a_character_starts_from_the_mean_of_all() -> None:
     moved = transfer_vocabulary(model, whole, other)
     row = moved.get_input_embeddings().weight[ids(other, ["âĤ"])[0]]
     torch.testing.assert_close(row, before.mean(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "pieces"),
+    [
+        (
+            byte_tokenizer("t h", "th e", "Ġ the", "i n"),
+            sentence_tokenizer("t h", "th e", "▁ the", "i n", "in g", "▁ in"),
+            {"▁the": ["Ġthe"], "the": ["the"], "ing": ["in", "g"], "▁in": ["Ġ", "in"], "▁": ["Ġ"]},
+        ),
+        (
+            sentence_tokenizer("t h", "th e", "▁ the", "i n", "▁ in"),
+            byte_tokenizer("t h", "th e", "Ġ the", "i n", "in g", "Ġ a"),
+            {"Ġthe": ["▁the"], "the": ["the"], "ing": ["in", "g"], "Ġa": ["▁", "a"], "Ġ": ["▁"]},
+        ),
+    ],
+)
+def test_a_space_before_a_word_is_kept_between_kinds_of_tokenizers(
+    source: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, pieces: dict[str, list[str]]
+) -> None:
+    model = tiny_model("Llama", vocab_size=len(source), tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    after = transfer_vocabulary(model, source, target).get_input_embeddings().weight
+    for token, old in pieces.items():
+        row = after[ids(target, [token])[0]]
+        torch.testing.assert_close(row, before[ids(source, old)].mean(dim=0))
+
+
+def test_a_token_that_the_model_has_no_row_for_spells_nothing() -> None:
+    longer = byte_tokenizer("t h", "th e", "a n", "Ġ an")
+    longer.add_tokens(["hand"])
+    model = tiny_model("Llama", vocab_size=len(OLD), tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    after = transfer_vocabulary(model, longer, longer).get_input_embeddings().weight
+    torch.testing.assert_close(after[: len(OLD)], before)
+    torch.testing.assert_close(after[ids(longer, ["hand"])[0]], before.mean(dim=0))
+
+
+def test_ids_of_the_new_tokenizer_may_skip_some() -> None:
+    parts = json.loads(NEW.backend_tokenizer.to_str())
+    parts["model"]["vocab"]["and"] = 500
+    skipping = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
+    model = tiny_model("Llama", vocab_size=len(OLD), tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    after = transfer_vocabulary(model, OLD, skipping).get_input_embeddings().weight
+    assert len(after) == 512
+    torch.testing.assert_close(after[500], before[ids(OLD, ["an", "d"])].mean(dim=0))
