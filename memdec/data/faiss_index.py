@@ -22,6 +22,7 @@ class FaissIndex:
     def __init__(self, path: Path, nprobe: int, device: str = "cpu") -> None:
         faiss = load_faiss()
         self._device = torch.device(device)
+        self._pinned = self._device.type == "cuda" and torch.cuda.is_available()
         try:
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
@@ -57,7 +58,7 @@ class FaissIndex:
 
         By way of pinned memory, which a GPU reads and fills fast.
         """
-        host = partial(torch.empty, pin_memory=self._device.type == "cuda")
+        host = partial(torch.empty, pin_memory=self._pinned)
         given = torch.from_numpy(np.require(queries, requirements="W"))  # torch wants it writable
         wide = host(queries.shape).copy_(given).numpy()
         distances, ids = host(len(queries), k), host(len(queries), k, dtype=torch.int64)
@@ -86,6 +87,6 @@ class FaissIndex:
             self._on_gpus = None
             say_once(f"FAISS searches on the CPU from now on: {reason(error)}")
             return False
-        if self._device.type == "cuda":  # FAISS need not wait for a copy into pinned memory
+        if self._pinned:  # FAISS need not wait for a copy into pinned memory
             torch.cuda.synchronize(self._device)
         return True
