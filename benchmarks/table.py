@@ -56,6 +56,9 @@ def kernels_table(result: dict) -> str:
         "| op | case | " + " | ".join(used) + " | memdec: share of the floor | against eager |",
         "|---" * (len(used) + 4) + "|",
     ]
+    with_memory = any(one["memory"] for found in cases.values() for one in found.values())
+    if with_memory:
+        lines[2:] = [lines[2] + " memdec: extra memory |", lines[3] + "---|"]
     with_goals = any("goal" in bench["extra_info"] for bench in result["benchmarks"])
     if with_goals:
         lines[2:] = [lines[2] + " goal | met |", lines[3] + "---|---|"]
@@ -67,6 +70,8 @@ def kernels_table(result: dict) -> str:
         if ours and "eager" in found:
             gain = f"{found['eager']['seconds'] / ours['seconds']:.1f} x"
         line = f"| {op} | {case} | " + " | ".join(times) + f" | {share} | {gain} |"
+        if with_memory:
+            line += f" {_size(ours['memory']) if ours and ours['memory'] else ''} |"
         lines.append(line + (_goal(found) if with_goals else ""))
     if not cases:
         del lines[1:]

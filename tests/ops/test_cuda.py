@@ -248,6 +248,21 @@ def test_linear_loss_keeps_to_its_memory() -> None:
     assert taken <= accumulator + gradients + max(logits, vocab * width * 2) + 8 * 2**20
 
 
+def test_the_gradient_in_place_takes_memory_by_rows_alone() -> None:
+    rows, vocab = 4096, 32768
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True) * 1
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    targets = SparseTargets(
+        torch.arange(rows + 1, device="cuda"), labels.int(), torch.ones(rows, device="cuda")
+    )
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = sparse_kl_loss(logits, targets, labels, inplace_backward=True).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.cuda.max_memory_allocated() - before <= 64 * rows + 2**20
+    assert gradient.data_ptr() == logits.data_ptr()
+
+
 # ---- rows x vocabulary above 2^31 ----
 
 
