@@ -66,10 +66,11 @@ constexpr bool kWithCuda = false;
     if (!status.ok()) throw std::runtime_error(std::string("memdec " #name ": ") + status.error); \
   } while (false)
 
-void interpolate(int device, Address queue, int64_t rows, const Rows& base, const Rows& memory,
-                 int64_t vocab, float lmbda, Address lmbda_rows, int64_t lmbda_stride,
-                 float inv_temperature, const Rows& out, Address stats) {
-  InterpolateArgs args;
+// Arguments of a kernel on the mixture of two models, with what they all begin with.
+template <typename Args>
+Args mixture_args(int64_t rows, const Rows& base, const Rows& memory, int64_t vocab, float lmbda,
+                  Address lmbda_rows, int64_t lmbda_stride, float inv_temperature) {
+  Args args;
   args.rows = rows;
   args.base = view(base);
   args.memory = view(memory);
@@ -78,6 +79,14 @@ void interpolate(int device, Address queue, int64_t rows, const Rows& base, cons
   args.lmbda_rows = pointer<const float>(lmbda_rows);
   args.lmbda_stride = lmbda_stride;
   args.inv_temperature = inv_temperature;
+  return args;
+}
+
+void interpolate(int device, Address queue, int64_t rows, const Rows& base, const Rows& memory,
+                 int64_t vocab, float lmbda, Address lmbda_rows, int64_t lmbda_stride,
+                 float inv_temperature, const Rows& out, Address stats) {
+  auto args = mixture_args<InterpolateArgs>(rows, base, memory, vocab, lmbda, lmbda_rows,
+                                            lmbda_stride, inv_temperature);
   args.out = view(out);
   args.stats = pointer<RowStats>(stats);
   MEMDEC_RUN(interpolate);
@@ -88,15 +97,8 @@ void interpolate_backward(int device, Address queue, int64_t rows, const Rows& b
                           int64_t lmbda_stride, float inv_temperature, Address stats,
                           const Rows& grad_out, const std::optional<Rows>& grad_base,
                           const std::optional<Rows>& grad_memory, Address grad_lmbda) {
-  InterpolateBackwardArgs args;
-  args.rows = rows;
-  args.base = view(base);
-  args.memory = view(memory);
-  args.vocab = vocab;
-  args.lmbda = lmbda;
-  args.lmbda_rows = pointer<const float>(lmbda_rows);
-  args.lmbda_stride = lmbda_stride;
-  args.inv_temperature = inv_temperature;
+  auto args = mixture_args<InterpolateBackwardArgs>(rows, base, memory, vocab, lmbda, lmbda_rows,
+                                                    lmbda_stride, inv_temperature);
   args.stats = pointer<const RowStats>(stats);
   args.grad_out = view(grad_out);
   args.grad_base = view(grad_base);
@@ -110,15 +112,8 @@ void interpolate_sample(int device, Address queue, int64_t rows, const Rows& bas
                         int64_t lmbda_stride, float inv_temperature, float temperature,
                         int64_t top_k, float top_p, float min_p, Address seeds, Address tokens,
                         Address log_probs, Address stats, Address groups) {
-  InterpolateSampleArgs args;
-  args.rows = rows;
-  args.base = view(base);
-  args.memory = view(memory);
-  args.vocab = vocab;
-  args.lmbda = lmbda;
-  args.lmbda_rows = pointer<const float>(lmbda_rows);
-  args.lmbda_stride = lmbda_stride;
-  args.inv_temperature = inv_temperature;
+  auto args = mixture_args<InterpolateSampleArgs>(rows, base, memory, vocab, lmbda, lmbda_rows,
+                                                  lmbda_stride, inv_temperature);
   args.temperature = temperature;
   args.top_k = top_k;
   args.top_p = top_p;

@@ -186,7 +186,7 @@ def _sample(*arguments: Any) -> tuple[Tensor, Tensor]:
     _memory, memory_view = rows_view(inputs.memory)
     _lmbda, lmbda_address, lmbda_stride = lmbda_view(inputs.lmbda_rows, base)
     seeds = None if seeds is None else seeds.contiguous()
-    stats = groups = None
+    stats = groups = 0  # addresses; the CPU needs neither
     if base.is_cuda:
         floats = 4 + kernels.sample_groups(inputs.vocab_size)
         scratch = torch.empty(rows * floats, dtype=torch.float32, device=base.device)
@@ -208,8 +208,8 @@ def _sample(*arguments: Any) -> tuple[Tensor, Tensor]:
         0 if seeds is None else seeds.data_ptr(),
         tokens.data_ptr(),
         log_probs.data_ptr(),
-        stats or 0,
-        groups or 0,
+        stats,
+        groups,
     )
     return tokens, log_probs
 
