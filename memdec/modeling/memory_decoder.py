@@ -103,6 +103,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         self.tokenizer = tokenizer
         self.generation_config = copy.deepcopy(base.generation_config)
         self._is_stateful = base._is_stateful or memory._is_stateful
+        self._gate: tuple[dict[str, Any], Gate] | None = None
 
     @classmethod
     def from_models(
@@ -260,7 +261,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }
-        weight = _lmbda(self.config)
+        weight: Any = self._weight()
         gated = None
         if isinstance(weight, Gate):
             gated = GatedPass(weight, cache, input_ids, attention_mask, position_ids)
@@ -299,6 +300,15 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=base.get("attentions"),
             **{CACHE: after},
         )
+
+    def _weight(self) -> float | Gate:
+        """The configuration's; a gate is made of its fields once, not at every token."""
+        fields = self.config.lmbda
+        if not isinstance(fields, dict):
+            return fields
+        if self._gate is None or self._gate[0] != fields:
+            self._gate = copy.deepcopy(fields), _lmbda(self.config)
+        return self._gate[1]
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.base.get_input_embeddings()

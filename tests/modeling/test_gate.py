@@ -349,6 +349,17 @@ def test_saved_and_loaded_equal(tmp_path: Path) -> None:
     assert generate(again, ids) == generate(model, ids)
 
 
+def test_a_gate_that_is_changed_counts_from_then_on() -> None:
+    model, ids = pair(), prompt()
+    before = model(ids).logits
+    model.config.lmbda["output_bias"] = -2.0
+    found = model(ids).logits
+    assert not torch.equal(found, before)
+    assert torch.equal(found, pair(lmbda=dataclasses.replace(GATE, output_bias=-2.0))(ids).logits)
+    model.config.lmbda = dataclasses.asdict(GATE)
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_a_gate_that_was_put_in_later_is_saved(tmp_path: Path) -> None:
     model = pair(lmbda=0.5)
     model.config.lmbda = GATE
