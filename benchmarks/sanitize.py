@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from memdec import ops
+from memdec.data.exact import ExactIndex
 
 
 def main() -> None:
@@ -45,6 +46,9 @@ def main() -> None:
         distances = torch.rand(3, k, device="cuda")
         tokens = torch.randint(-1, 300, (3, k), device="cuda", dtype=torch.int32)
         ops.knn_scatter(distances, tokens)
+    keys = torch.randn(5000, 8).half().numpy()
+    for k in (1, 33, 4096):  # the greatest buffer; blocks of keys end anywhere
+        ExactIndex([keys[:, ::-1].copy(), keys], "cuda").search(keys[:7], k, None)
     torch.cuda.synchronize()
     print("every kernel was called")
 

@@ -280,7 +280,10 @@ def test_sampling_into_reserved_memory_is_sampling(
 ) -> None:
     sampled = importlib.import_module("sampled")
     model = load_model(tiny.model)
-    greedy = lambda logits, *_, **__: (logits.argmax(-1), None)  # noqa: E731
+
+    def greedy(logits: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
+        return logits.argmax(-1), None
+
     monkeypatch.setattr(sampled, "interpolate_sample", greedy)
     found = sampled._draw(model, 0, 62, 3, 12)
     wanted = model.generate(
