@@ -25,7 +25,7 @@ def test_the_whole_demo(tmp_path):
     start = time.monotonic()
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert time.monotonic() - start < 300, "five minutes, where the README says three"
+    assert time.monotonic() - start < 300, "more than five minutes, where the README says a few"
     rows = json.loads((out / "eval" / "eval.json").read_text())["rows"]
     perplexity = {row["name"]: row["perplexity"] for row in rows}
     assert {"base", "kNN-LM", "memory", "joint", "fine-tuned"} <= set(perplexity)
