@@ -123,11 +123,11 @@ class SparseTargets:
         if bool((lengths < 0).any()) or self.indptr[0] < 0 or self.indptr[-1] > slots:
             raise ValueError(f"indptr must rise from 0 or more to at most {slots}, the slots")
         check_token_values(self.indptr, self.token_ids, vocab_size)
-        rows, inside = _reference.slot_rows(self.indptr, slots)
-        pairs = torch.stack([rows[inside], self.token_ids[inside].long()], dim=1)
-        if pairs.unique(dim=0).shape != pairs.shape:
+        token_ids, probs = (_used(self.indptr, slots) for slots in (self.token_ids, self.probs))
+        rows = torch.arange(len(self), device=token_ids.device).repeat_interleave(lengths)
+        pairs = rows << 32 | token_ids
+        if pairs.unique().shape != pairs.shape:
             raise ValueError("token_ids must be distinct within a row")
-        probs = self.probs[inside]
         if not bool(((probs >= 0) & (probs <= 1)).all()):
             raise ValueError("probs must be from 0 to 1")
         return self
@@ -163,11 +163,17 @@ def check_targets(targets: SparseTargets) -> None:
 
 def check_token_values(indptr: Tensor, token_ids: Tensor, vocab_size: int | None) -> None:
     """ValueError for a token id outside [0, vocab_size) in a row. Synchronises."""
-    _, inside = _reference.slot_rows(indptr, token_ids.shape[0])
+    token_ids = _used(indptr, token_ids)
     highest = torch.iinfo(torch.int32).max if vocab_size is None else vocab_size - 1
-    wrong = inside & ((token_ids < 0) | (token_ids > highest))
+    wrong = (token_ids < 0) | (token_ids > highest)
     if bool(wrong.any()):
         raise ValueError(f"token ids must be from 0 to {highest}, got {int(token_ids[wrong][0])}")
+
+
+def _used(indptr: Tensor, slots: Tensor) -> Tensor:
+    """The slots that belong to a row. Synchronises."""
+    start, stop = indptr[[0, -1]].clamp(min=0).tolist()
+    return slots[start:stop]
 
 
 def _flatten(targets: SparseTargets) -> tuple[list[Any], None]:
