@@ -148,6 +148,21 @@ def test_what_is_no_number_counts_at_its_own_position_only() -> None:
     assert found.isnan().nonzero().tolist() == [[0, 8, 0]]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1001), (130, 1024)])  # a grid's limit
+def test_a_graph_of_a_gpu_gives_the_states_too(rows: int, length: int) -> None:
+    parts, before = told(rows, length), states_before(rows)
+    there = Told(*(part.cuda() for part in vars(parts).values()))
+    before_there = before.cuda()
+    GATE.states(there, before_there)  # the gate's constants are there from now on
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = GATE.states(there, before_there)
+    graph.replay()
+    expected = GATE.states(parts, before)
+    assert_close(found.cpu(), expected, rtol=0, atol=1e-12)
+
+
 def operations(model: MemoryDecoderForCausalLM, ids: Tensor) -> int:
     with torch.no_grad(), Operations() as counted:
         model(ids)
