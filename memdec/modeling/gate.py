@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from memdec.config import require
 from memdec.errors import MemdecError
+from memdec.modeling.scan import Maps, scan
 
 SHARE = 1e-3  # of the posterior that starts anew at every token, so that a change of text is seen
 _KEPT = (0.8, 0.98)  # by the running means of gains at a token: the last few tokens, the last page
@@ -71,45 +72,65 @@ class Told:
 
     @property
     def gains(self) -> Tensor:
-        """By how much the memory was better, float64; 0 where neither gave the token any mass."""
-        return (self.memory.double() - self.base.double()).masked_fill(
-            self.memory.isneginf() & self.base.isneginf(), 0.0
-        )
+        """By how much the memory was better, float64; 0 where that is no number.
+
+        So it is where neither gave the token any mass.
+        """
+        gains = self.memory.double() - self.base.double()
+        return gains.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
     def features(self, before: Tensor | None = None) -> Tensor:
         """The network's inputs, float64 ``[rows, length, FEATURES]``: confidence and mean gains.
 
         `before` are the means at the position before the first, ``[rows, MEANS]``.
         """
-        keep = torch.tensor(_KEPT, dtype=torch.float64, device=self.base.device)
-        gains = self.gains.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)[..., None] * (1 - keep)
-        mean = gains.new_zeros(len(gains), MEANS) if before is None else before
-        means = []
-        for gain, continues in zip(gains.unbind(1), self.continues.unbind(1), strict=True):
-            mean = torch.where(continues[:, None], keep * mean + gain, 0.0)
-            means.append(mean)
-        return torch.cat([self.confidence.double(), torch.stack(means, dim=1)], dim=-1)
+        keep, add = _float64((_KEPT, tuple(1 - keep for keep in _KEPT)), self.base.device)
+        gains = self.gains.clamp(-_LARGEST_GAIN, _LARGEST_GAIN) * self.continues
+        maps = (self.continues[..., None] * keep, gains[..., None] * add)
+        before = gains.new_zeros(len(gains), MEANS) if before is None else before
+        return torch.cat([self.confidence.double(), scan(_mean, _means, maps, before)], dim=-1)
+
+
+def _mean(mean: Tensor, maps: Maps) -> Tensor:
+    kept, added = maps
+    return torch.addcmul(added, kept, mean)
+
+
+def _means(first: Maps, second: Maps) -> Maps:
+    return first[0] * second[0], _mean(first[1], second)
 
 
 def posterior(gains: Tensor, continues: Tensor, before: Tensor | None = None) -> Tensor:
     """The weight of a forecaster against another, by the tokens up to each position.
 
     Args:
-        gains: log-probability that it gave the token there, less the other's, ``[rows, length]``.
+        gains: log-probability that it gave the token there, less the other's, ``[rows, length]``;
+            NaN tells nothing.
         continues: bool ``[rows, length]``; where not, the weight is one half.
         before: the weight at the position before the first, float64 ``[rows]``.
 
     Returns:
         float64 ``[rows, length]``.
     """
-    gains = gains.double().clamp(-50, 50)
-    weight = torch.full_like(gains[:, 0], 0.5) if before is None else before
-    weights = []
-    for gain, same in zip(gains.unbind(1), continues.unbind(1), strict=True):
-        weight = torch.sigmoid(torch.logit(weight) + gain)
-        weight = torch.where(same, SHARE / 2 + (1 - SHARE) * weight, 0.5)
-        weights.append(weight)
-    return torch.stack(weights, dim=1)
+    ratios = gains.double().nan_to_num(nan=0.0).clamp(-50, 50).exp()[..., None, None]
+    # What a token does to the two weights, up to a factor: from either (rows) to either (columns).
+    stay, leave = 1 - SHARE / 2, SHARE / 2
+    base, memory = _float64((((0, 0), (leave, stay)), ((stay, leave), (0, 0))), gains.device)
+    maps = torch.addcmul(base, ratios, memory)
+    maps = torch.where(continues[..., None, None], maps, 0.5)
+    before = maps.new_full((len(maps),), 0.5) if before is None else before
+    return scan(_weight, _weights, (maps,), before)
+
+
+def _weight(weight: Tensor, maps: Maps) -> Tensor:
+    one, other = torch.lerp(maps[0][..., 1, :], maps[0][..., 0, :], weight[..., None]).unbind(-1)
+    return one / (one + other)
+
+
+def _weights(first: Maps, second: Maps) -> Maps:
+    """Entries of a product differ by factors below ``4 * exp(50) / SHARE ** 2``: any may be the 1."""
+    product = first[0] @ second[0]
+    return (product / product[..., :1, :1],)
 
 
 @dataclass(frozen=True)
@@ -174,8 +195,11 @@ class Gate:
             logit, the posterior of its mixture against the base, the mean gains.
         """
         features = told.features(None if before is None else before[:, 2:])
-        hidden_weight, hidden_bias, output_weight = _tensors(self, features.device)
-        hidden = torch.tanh(features @ hidden_weight + hidden_bias)
+        hidden_weight, hidden_bias, output_weight = (
+            _float64(values, features.device)
+            for values in (self.hidden_weight, self.hidden_bias, self.output_weight)
+        )
+        hidden = torch.tanh(features @ hidden_weight.T + hidden_bias)
         logits = hidden @ output_weight + self.output_bias
         first = logits[:, :1] if before is None else before[:, :1]
         used = torch.cat([first, logits[:, :-1]], dim=1)  # when the token here was predicted
@@ -193,12 +217,7 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-@lru_cache(maxsize=8)
-def _tensors(gate: Gate, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights, float64, where they are used: copying them at every token would take longer."""
-    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    return (
-        torch.tensor(gate.hidden_weight, **options).T,
-        torch.tensor(gate.hidden_bias, **options),
-        torch.tensor(gate.output_weight, **options),
-    )
+@lru_cache(maxsize=32)
+def _float64(values: tuple, device: torch.device) -> Tensor:
+    """Constants where they are used: copying them at every token would take longer."""
+    return torch.tensor(values, dtype=torch.float64, device=device)

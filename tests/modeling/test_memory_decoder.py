@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from tiny_models import VOCABULARY, saved, tiny_config, tiny_model, tiny_tokenizer
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -228,20 +228,6 @@ def test_the_cache_changes_nothing(base: str, memory: str, options: dict) -> Non
         torch.manual_seed(3)
         results.append(generate(model, ids, use_cache=use_cache, **options).tolist())
     assert results[0] == results[1]
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is launched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def operations_of_a_token(model: Any, rows: int) -> int:
