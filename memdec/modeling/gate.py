@@ -129,7 +129,8 @@ def _weight(weight: Tensor, maps: Maps) -> Tensor:
 
 def _weights(first: Maps, second: Maps) -> Maps:
     """Entries of a product differ by factors below ``4 * exp(50) / SHARE ** 2``: any may be the 1."""
-    product = first[0] @ second[0]
+    one, other = first[0], second[0]
+    product = torch.addcmul(one[..., :1] * other[..., :1, :], one[..., 1:], other[..., 1:, :])
     return (product / product[..., :1, :1],)
 
 
