@@ -78,3 +78,17 @@ def test_the_time_of_exact_search(kind, size):
     took = row["seconds"] if kind == "teacher" else row["seconds"]["1"]
     planned = IndexNeeds("Flat", size, 576, machine()).to_search(size, 512, 64, beside=0)
     assert took <= planned.seconds <= 1.3 * took
+
+
+def test_the_time_that_lists_take_on_the_cpu():
+    """What a list more costs, against the operations in it at the rate that was measured."""
+    pytest.importorskip("faiss")
+    size, queries = 1_000_000, 1000
+    rows = json.loads((RESULTS / "index" / "amd-epyc-1-thread.json").read_text())["index_parts"]
+    for row in rows:
+        host = Machine("cpu", 0, 0, 0, {"host": row["product"]})
+        needs = IndexNeeds(row["index"], size, 576, host)
+        one, two = (needs.to_search(queries, 512, nprobe, 0).seconds for nprobe in (1, 2))
+        lists = int(row["index"].removeprefix("IVF").partition(",")[0])
+        planned = 2 * queries * 576 * size / lists / (two - one) / row["product"]
+        assert all(planned < 1.05 * share < 4 * planned for share in row["scan_share"].values())
