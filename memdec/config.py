@@ -19,9 +19,12 @@ from memdec.errors import MemdecError
 _SEEDS = 1 << 32  # that NumPy takes
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str) -> Any:
-    """A dataclass field with its help text; without a default the field is required."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any = dataclasses.MISSING, *, help: str, item: str | None = None) -> Any:
+    """A dataclass field with its help text; without a default the field is required.
+
+    `item` is the form of one item of a list, for example ``"NAME=PATH"``, for its error messages.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "item": item})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Config:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _convert(field.name, getattr(self, field.name), hints[field.name])
+            item = field.metadata.get("item")
+            value = _convert(field.name, getattr(self, field.name), hints[field.name], item)
             object.__setattr__(self, field.name, value)
         if (seed := getattr(self, "seed", None)) is not None:  # wherever there is one
             require(0 <= seed < _SEEDS, "seed", f"in [0, {_SEEDS})", seed)
@@ -87,7 +91,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
+def _convert(name: str, value: Any, hint: Any, item: str | None = None) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         choices = typing.get_args(hint)
@@ -105,7 +109,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
-            return tuple(_convert(name, item, typing.get_args(hint)[0]) for item in value)
+            return tuple(_convert(name, one, typing.get_args(hint)[0], item) for one in value)
     elif hint is bool:
         if isinstance(value, bool):
             return value
@@ -125,7 +129,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return Path(value)
     elif isinstance(value, hint):
         return value
-    raise MemdecError(f"{name} must be {_describe(hint)}, got {value!r}")
+    expected = f"a list [{item}, ...]" if origin is tuple and item else item or _describe(hint)
+    raise MemdecError(f"{name} must be {expected}, got {value!r}")
 
 
 def _describe(hint: Any) -> str:

@@ -29,6 +29,11 @@ def say_once(message: str) -> None:
     say(message)
 
 
+def on_terminal() -> bool:
+    """Whether a bar has its place: a person watches, and this process is the one that talks."""
+    return sys.stderr.isatty() and not _SILENT
+
+
 def show_bytes(count: int) -> str:
     """A size as a person reads it, for example ``"1.5 GB"``."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
@@ -56,8 +61,7 @@ class Progress:
         self._start = time.monotonic()
         self._last_line = self._start
         self._note = ""
-        on_terminal = sys.stderr.isatty() and not _SILENT
-        self._bar = _terminal_bar(description, total, done) if on_terminal else None
+        self._bar = _terminal_bar(description, total, done) if on_terminal() else None
 
     def advance(self, units: int, note: str = "") -> None:
         """Adds finished units; `note` is a short extra such as ``"loss 3.21"``."""

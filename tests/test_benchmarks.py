@@ -48,6 +48,29 @@ def test_indexes(tiny, tmp_path):
     assert shown.endswith(run("table.py", tmp_path / "now.json"))
 
 
+def test_index_parts(tmp_path):
+    pytest.importorskip("faiss")
+    given = [
+        "--keys",
+        3000,
+        "--width",
+        16,
+        "--queries",
+        100,
+        "--k",
+        8,
+        "--rounds",
+        1,
+        "--nprobe",
+        4,
+    ]
+    run("index_parts.py", *given, "--indexes", "IVF16,SQfp16", "--json", tmp_path / "now.json")
+    (row,) = json.loads((tmp_path / "now.json").read_text())["index_parts"]
+    assert row["index"] == "IVF16,SQfp16"
+    assert min(row[f"{part}_bytes_a_second"] for part in ("read", "add", "write")) > 0
+    assert min(row["train_share"], row["choose_share"]) > 0
+
+
 def test_whole(tiny, tmp_path):
     """A run that is cut off counts, and goes on; each stage stands beside its plan."""
     pytest.importorskip("faiss")

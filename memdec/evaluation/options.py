@@ -29,11 +29,14 @@ class EvalConfig(Config):
     datastore: Path | None = option(None, help="directory of the stage datastore, for the kNN-LM")
     targets: Path | None = option(None, help="directory of the stage targets: k and temperature")
     teacher: str | None = option(None, help="model whose keys the datastore holds (default: base)")
-    others: tuple[str, ...] = option((), help="further models to compare, as name=directory")
+    others: tuple[str, ...] = option(
+        (), help="further models to compare, as NAME=PATH of a directory", item="NAME=PATH"
+    )
     outside: tuple[str, ...] = option(
         (),
-        help="texts outside the domain, as name=file or name=directory: one more pass of every "
-        "model over each, as many tokens of it as the split has at most",
+        help="texts outside the domain, as NAME=PATH of a file or directory: one more pass of "
+        "every model over each, as many tokens of it as the split has at most",
+        item="NAME=PATH",
     )
     split: Literal["validation", "test"] = option("test", help="split that the table reports")
     positions: int | None = option(
@@ -63,11 +66,10 @@ class EvalConfig(Config):
             texts = getattr(self, what)
             names = [text.partition("=")[0] for text in texts]
             for name, text in zip(names, texts, strict=True):
+                form = "NAME=PATH with a NAME of letters, digits, '_', '.' and '-'"
+                require(re.fullmatch(r"[\w.-]+=.+", text) is not None, what, form, text)
                 taken = name in _OWN_NAMES or names.count(name) > 1
-                if taken or not re.fullmatch(r"[\w.-]+=.+", text):
-                    raise MemdecError(
-                        f"{what} must be name=path with names of their own, got {text!r}"
-                    )
+                require(not taken, what, "NAME=PATH with names of their own", text)
 
     def other_models(self) -> dict[str, str]:
         """Name to directory."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging
 
+from memdec.console import on_terminal
 from memdec.data.artefact import file_sha256, fingerprint
 from memdec.errors import MemdecError
+from memdec.modeling.quiet import no_library_bars
 
 Dtype = Literal["float32", "bfloat16", "auto"]
 
@@ -272,17 +272,9 @@ def _one_line_errors(what: str, name: str | Path) -> Iterator[None]:
         raise MemdecError(f"the {what} of {name} cannot be loaded: {_line(error)}") from error
 
 
-@contextmanager
-def _quiet_unless_terminal() -> Iterator[None]:
-    """Keeps transformers' loading bars out of plain logs."""
-    shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _quiet_unless_terminal() -> AbstractContextManager[None]:
+    """Keeps the libraries' loading bars out of plain logs."""
+    return nullcontext() if on_terminal() else no_library_bars()
 
 
 def _line(error: Exception) -> str:

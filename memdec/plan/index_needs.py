@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from memdec.console import show_bytes
 from memdec.plan.machine import Machine
 
+# The share of a matrix product's rate that search and clustering reach in products, and how many
+# times as long an operation takes in lists, which each query reads for itself; by who works. From
+# benchmarks/results: products on a GPU from *-teacher.json and *-processes.json, its lists from
+# *-whole.json; lists on the CPU from index/, the slowest there.
+_REACHED = {"cpu": 0.65, "cuda": 0.4}
+_IN_LISTS = {"cpu": 22, "cuda": 20}
+# What the host does for an index beside that, whoever does the products; from index/ too.
+_ADDED_A_SECOND = 0.3e9  # bytes of keys that one core reads and widens and two code into lists
+_WRITTEN_A_SECOND = 0.43e9  # bytes of the file, with fsync and SHA-256
 _WORKSPACE = 3 << 29  # that FAISS sets aside on each GPU
 _PADDING = 16  # keys a list, which a GPU holds in groups of 32
 _ROUNDS = 10  # of FAISS's clustering
@@ -35,17 +44,12 @@ class IndexNeed:
 
 @dataclass(frozen=True)
 class IndexNeeds:
-    """Of an index `spec`, not ``"auto"``, of `size` keys of `width`.
-
-    Args:
-        reached: the share of a matrix product's rate that search reaches.
-    """
+    """Of an index `spec`, not ``"auto"``, of `size` keys of `width`."""
 
     spec: str
     size: int
     width: int
     machine: Machine
-    reached: float
 
     @property
     def exact(self) -> bool:
@@ -61,7 +65,11 @@ class IndexNeeds:
         return 0 if self.exact else index_cost(self.spec, self.size, self.width)[0]
 
     def to_build(self, beside: int) -> IndexNeed:
-        """Clustering a sample, and choosing each key's list; `beside`: what else a GPU holds."""
+        """Clustering a sample, choosing each key's list, adding it there and writing the file.
+
+        Args:
+            beside: what else a GPU holds.
+        """
         from memdec.data.build_index import training_keys
         from memdec.data.index import index_cost, make_index, plain_lists
 
@@ -73,10 +81,11 @@ class IndexNeeds:
         host = _GROWTH * self.bytes + 8 * sample * self.width
         operations = 2 * (_ROUNDS * sample + self.size) * lists * self.width
         device = _WORKSPACE + 4 * lists * self.width
+        handled = 2 * self.size * self.width / _ADDED_A_SECOND + self.bytes / _WRITTEN_A_SECOND
         helped = plain_lists(make_index(self.spec, self.width)) is not None
         if self.machine.faiss_gpus and helped and self._fits(device + beside):
-            return IndexNeed(operations / self._rate(gpus=1), host, device)
-        return IndexNeed(operations / self._rate(gpus=0), host)
+            return IndexNeed(self._seconds(operations, gpus=1) + handled, host, device)
+        return IndexNeed(self._seconds(operations, gpus=0) + handled, host)
 
     def to_search(self, queries: int, k: int, nprobe: int, beside: int) -> IndexNeed:
         """The `k` nearest of each query, without itself; `beside`: what else a GPU holds."""
@@ -86,24 +95,25 @@ class IndexNeeds:
             return self._to_search_all(queries)
         host, lists = index_cost(self.spec, self.size, self.width)
         share = min(nprobe / lists, 1.0) if lists else 1.0
-        operations = 2 * queries * (lists + self.size * share) * self.width
+        one_each = 2 * queries * self.width
+        operations = {"products": one_each * lists, "in_lists": one_each * self.size * share}
         gpus = len(self.machine.faiss_gpus)
         device = self._copy_bytes(gpus) if gpus else 0
         why_not = self._why_not_on_gpus(k, device, beside)
         if why_not is None:
             where = f"{gpus} GPUs" if gpus > 1 else "the GPU"
             note = f"FAISS searches a copy on {where}"
-            return IndexNeed(operations / self._rate(gpus), host, device, note)
+            return IndexNeed(self._seconds(**operations, gpus=gpus), host, device, note)
         note = f"FAISS searches on the CPU: {why_not}" if self.machine.device == "cuda" else ""
-        return IndexNeed(operations / self._rate(gpus=0), host, note=note)
+        return IndexNeed(self._seconds(**operations, gpus=0), host, note=note)
 
     def _to_search_all(self, queries: int) -> IndexNeed:
         if self.machine.device == "cuda":  # pairs of float16, three times the width
             resident = min(6 * self.size * self.width, self.machine.gpu_memory // 2)
-            rate = self.reached * self.machine.rates["bfloat16"]
+            rate = _REACHED["cuda"] * self.machine.rates["bfloat16"]
             seconds = 6 * queries * self.size * self.width / rate
             return IndexNeed(seconds, device=resident + (4 << 30))
-        rate = self.reached * self.machine.rates["float32"]
+        rate = _REACHED["cpu"] * self.machine.rates["float32"]
         resident = min(4 * self.size * self.width, 1 << 30)
         return IndexNeed(2 * queries * self.size * self.width / rate, device=resident + (1 << 29))
 
@@ -133,6 +143,8 @@ class IndexNeeds:
     def _fits(self, device: int) -> bool:
         return device <= self.machine.gpu_memory
 
-    def _rate(self, gpus: int) -> float:
+    def _seconds(self, products: float, in_lists: float = 0.0, *, gpus: int) -> float:
+        """Of so many operations in matrix products and in lists, on `gpus`, or on the CPU for 0."""
         rates = self.machine.rates
-        return self.reached * (gpus * rates["float32"] if gpus else rates["host"])
+        who, rate = ("cuda", gpus * rates["float32"]) if gpus else ("cpu", rates["host"])
+        return (products + _IN_LISTS[who] * in_lists) / (_REACHED[who] * rate)

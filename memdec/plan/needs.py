@@ -21,9 +21,10 @@ from memdec.plan.machine import Machine
 
 _RESERVE = 1 << 30  # what the process needs before anything is loaded, and torch on a GPU
 _CUDA_RESERVE = 1 << 30  # of the host, for a process that uses a GPU
-# The share of the matrix product's rate that forward, training and search reach, by device.
-_REACHED = {"cpu": (0.8, 0.75, 0.65), "cuda": (0.16, 0.12, 0.5)}
+# The share of the matrix product's rate that forward and training reach, by device.
+_REACHED = {"cpu": (0.8, 0.75), "cuda": (0.16, 0.12)}
 _CHARACTERS_A_SECOND = 2e6  # that a tokenizer reads
+_BYTES_A_SCORE = 10  # of the teacher: the logit in bfloat16, in float32, and its exponential
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class _Estimator:
         self.machine = machine
         self.teacher, in_layers = _shape(teacher)
         self.base, _ = _shape(base)
-        self.forward, self.training, self.searched = _REACHED[machine.device]
+        self.forward, self.training = _REACHED[machine.device]
         train: Any = steps["train"].config
         targets: Any = steps["targets"].config
         self.student = self.teacher
@@ -172,8 +173,10 @@ class _Estimator:
         seconds, device, search = 0.0, 0, IndexNeed(0.0)
         if config.source in ("teacher", "mixture"):
             tokens = config.batch_blocks * self.block_size
-            seconds += self._forward_seconds(self.teacher, size, config.dtype)
-            device += self._forward_bytes(self.teacher, config.dtype, tokens, logits=tokens)
+            dtype = self.store.dtype if self.store else config.dtype  # as the keys were made
+            seconds += self._forward_seconds(self.teacher, size, dtype)
+            device += self._forward_bytes(self.teacher, dtype, tokens, logits=0)
+            device += _BYTES_A_SCORE * tokens * self.teacher.vocabulary
         if self.store is not None:
             search = self._search(size, beside=device)
             if not self.store.keep_keys:
@@ -218,7 +221,7 @@ class _Estimator:
         assert self.store is not None
         size, width = self.corpus.train, self.teacher.width
         spec = choose_index(self.store.index, size, width)
-        return IndexNeeds(spec, size, width, self.machine, self.searched)
+        return IndexNeeds(spec, size, width, self.machine)
 
     def _search(self, queries: int, beside: int) -> IndexNeed:
         assert self.store is not None

@@ -39,6 +39,7 @@ from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
 from memdec.modeling.key_layer import find_blocks
 from memdec.modeling.loading import pick_device
+from memdec.modeling.quiet import no_library_bars
 from memdec.training.batch_targets import BatchTargets, NoTargets
 from memdec.training.batches import BlockCollator
 from memdec.training.block_trainer import BlockTrainer
@@ -121,14 +122,12 @@ def best_row(curve: list[dict[str, float]]) -> dict[str, float]:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """One progress bar is ours; the bar of each saved model would tear it."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     try:
-        yield
+        with no_library_bars():
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 @_quiet_transformers()

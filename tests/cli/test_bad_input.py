@@ -153,6 +153,14 @@ def test_a_lmbda_outside_its_range(memdec, tiny, out, lmbda):
     refused(result, out, "lmbda must be in [0, 1], got")
 
 
+def test_a_text_outside_without_a_name(memdec, build, tiny, out):
+    common = ("--tokens", tiny.tokens, "--base", tiny.model, "--memory", tiny.model)
+    evaluated = memdec("eval", *common, "--outside", "text.txt", "--out", out)
+    refused(evaluated, out, "outside must be NAME=PATH", "got 'text.txt'")
+    built = build(tiny.corpus, "--set", "eval.outside=text.txt")
+    refused(built, out, "eval: outside must be a list [NAME=PATH, ...], got 'text.txt'")
+
+
 @pytest.mark.parametrize("seed", [-1, 1 << 32])
 @pytest.mark.parametrize("command", ["prepare", "datastore", "audit", "eval"])
 def test_a_seed_that_numpy_does_not_take(memdec, tiny, out, command, seed):

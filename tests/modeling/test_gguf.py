@@ -5,11 +5,18 @@ The fixture ``smollm2`` says where that comes from.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from tiny_models import tiny_model
+from transformers.utils import logging
 
 from memdec import MemoryDecoderForCausalLM
 from memdec.modeling.key_layer import KeyRecorder
@@ -79,6 +86,50 @@ def test_gguf_loads_and_can_be_saved_like_any_model(
     again = load_model(tmp_path / "saved")
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
     assert "gguf" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_gguf_draws_a_bar_on_a_terminal_only(
+    tiny: tuple[torch.nn.Module, Path],
+    terminal: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, path = tiny
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    load_model(path)
+    drawn = capsys.readouterr().err
+    assert ("GGUF" in drawn) == terminal, drawn
+    assert terminal or drawn == ""
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("of_hub", [False, True])
+def test_loading_leaves_the_libraries_bars_as_they_were(
+    tiny: tuple[torch.nn.Module, Path],
+    shown: bool,
+    of_hub: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, path = tiny
+    before = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    try:
+        set_bars(shown, of_hub)
+        load_model(path)
+        assert logging.is_progress_bar_enabled() == shown
+        assert are_progress_bars_disabled() != of_hub
+        capsys.readouterr()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        load_model(path)
+        assert "GGUF" in capsys.readouterr().err  # the reader's own bar is back as well
+    finally:
+        set_bars(*before)
+
+
+def set_bars(shown: bool, of_hub: bool) -> None:
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    (enable_progress_bars if of_hub else disable_progress_bars)()
 
 
 def test_gguf_carries_its_tokenizer(tiny: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Hides the progress bars of the model libraries: from plain logs, and where a bar of ours is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers import modeling_gguf_pytorch_utils
+from transformers.utils import logging
+
+_GGUF_READER: Any = modeling_gguf_pytorch_utils
+
+
+@contextmanager
+def no_library_bars() -> Iterator[None]:
+    """No bar of transformers or its hub within; afterwards their settings are what they were."""
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    # The reader of .gguf files has a bar that no setting reaches: it gets the one that obeys.
+    stubborn = getattr(_GGUF_READER, "tqdm", None)
+    logging.disable_progress_bar()
+    if stubborn is not None:
+        _GGUF_READER.tqdm = logging.tqdm
+    try:
+        yield
+    finally:
+        if stubborn is not None:
+            _GGUF_READER.tqdm = stubborn
+        if shown:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hub_shown else disable_progress_bars)()
