@@ -311,8 +311,9 @@ def whole_table(result: dict) -> str:
 def _whole_outcome(result: dict) -> list[str]:
     found, sizes = result["eval"], result["sizes"]
     lines = [
-        f"| {found['positions']:,} test tokens | perplexity | 95 % interval | lmbda | parameters |",
-        "|---" * 5 + "|",
+        f"| {found['positions']:,} test tokens | perplexity | 95 % interval | lmbda | parameters "
+        "| rare tokens | function words |",
+        "|---" * 7 + "|",
     ]
     for row in found["rows"]:
         number = [
@@ -320,13 +321,19 @@ def _whole_outcome(result: dict) -> list[str]:
         ]
         cells = [row["name"], number[0], f"{number[1]} to {number[2]}"]
         cells.append("" if row["lmbda"] is None else f"{row['lmbda']:.2f}")
-        lines.append("| " + " | ".join([*cells, f"{row['parameters'] / 1e6:.1f} M"]) + " |")
+        cells.append(f"{row['parameters'] / 1e6:.1f} M")
+        if row["name"] == "base":
+            cells += ["", ""]
+        else:
+            cells += [f"{row['tail_gain']:.2f}", f"{row['function_words']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     if "index" in sizes:
-        store = sizes["keys"] + sizes["index"]
+        (memory,) = (2 * row["parameters"] for row in found["rows"] if row["name"] == "memory")
         lines += [
             "",
-            f"The datastore has {_size(sizes['keys'])} of keys and {_size(sizes['index'])} of index, "
-            f"the memory {_size(sizes['memory'])}: {store / sizes['memory']:.1f} to 1.",
+            f"The datastore has {_size(sizes['keys'])} of keys and {_size(sizes['index'])} of index. "
+            f"In 16 bits, as the keys are, the memory has {memory / 1e6:,.0f} MB: "
+            f"the keys {sizes['keys'] / memory:.1f} times as much.",
         ]
     return lines
 

@@ -141,17 +141,18 @@ def own_memory() -> int:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Perplexities, and the bytes of the datastore and of the memory that replaces it."""
+    """How base, memory and their rivals score, and the bytes of the datastore."""
     evaluated = json.loads((out / "eval" / "eval.json").read_text())
     kept = ("name", "perplexity", "interval", "lmbda", "parameters", "bytes")
+    kept += ("tail_gain", "function_words")
     found = {
         "positions": evaluated["positions"],
         "rows": [{name: row[name] for name in kept} for row in evaluated["rows"]],
     }
-    sizes = {"memory": bytes_in(out / "train" / "memory", ".safetensors")}
+    sizes = {}
     if (out / "datastore").exists():
-        sizes |= {"keys": bytes_in(out / "datastore" / "keys")}
-        sizes |= {"index": bytes_in(out / "datastore", ".faiss")}
+        sizes["keys"] = bytes_in(out / "datastore" / "keys")
+        sizes["index"] = bytes_in(out / "datastore", ".faiss")
     return {"eval": found, "sizes": sizes}
 
 

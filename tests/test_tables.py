@@ -27,7 +27,7 @@ PAGES = {
     ),
     "gcide.md": (
         GCIDE / "table.py",
-        [GCIDE / "results" / f"{run}.json" for run in ("h100", "h200")],
+        [GCIDE / "results" / f"h{run}.json" for run in ("100", "200", "200-seed-1", "200-seed-2")],
     ),
     "gcide-more.md": (GCIDE / "part_tables.py", [GCIDE / "results" / "parts-h200.json"]),
     "tutorial.md": (ROOT / "examples" / "table.py", [WORDNET / "two-cores.json"]),
