@@ -13,7 +13,7 @@ from scores import documents, perplexity
 
 from memdec.data.targets import SEARCHED
 from memdec.evaluation.forward import LabelScores
-from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
+from memdec.evaluation.gate import evidence_lmbda, fit_gate, gate_lmbda
 from memdec.evaluation.measures import function_words, mean_change, median_gain, rarest_decile
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import load_model, load_shape
@@ -150,7 +150,7 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
     joint = {name: mix_log_probs(beside[name], near[name], lmbda) for name in near}
     block_size = experiment.how["block_size"]
     weights = {
-        name: evidence(base[name], joint[name], text.stream, block_size)
+        name: evidence_lmbda(base[name], joint[name], text.stream, block_size)
         for name, text in experiment.texts.items()
     }
     gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}

@@ -73,7 +73,7 @@ def gate_lmbda(
     return lmbda.flatten().numpy()[: len(base.log_probs)]
 
 
-def evidence(
+def evidence_lmbda(
     base: np.ndarray, other: np.ndarray, stream: TokenStream, block_size: int
 ) -> np.ndarray:
     """The posterior of `other` against `base` by the tokens before each label, float64 [positions].

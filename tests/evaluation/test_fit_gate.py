@@ -11,7 +11,7 @@ import torch
 
 from memdec.data.corpus import TokenStream
 from memdec.evaluation.forward import LabelScores
-from memdec.evaluation.gate import evidence, fit_gate, gate_lmbda
+from memdec.evaluation.gate import evidence_lmbda, fit_gate, gate_lmbda
 from memdec.evaluation.mixture import best_lmbda, lmbda_curve, mix_log_probs
 from memdec.modeling.gate import SHARE, confidence
 
@@ -158,7 +158,7 @@ def test_evidence_bounds_what_is_lost_to_the_base():
     generator = np.random.default_rng(0)
     base = -generator.exponential(2, 4096)
     mixed = base - generator.exponential(1, 4096)  # worse everywhere
-    weights = evidence(base, mixed, stream(4096), 1024)
+    weights = evidence_lmbda(base, mixed, stream(4096), 1024)
     found = np.log((1 - weights) * np.exp(base) + weights * np.exp(mixed))
     assert (base - found).mean() < math.log(2) / 1024 + SHARE
 
@@ -175,7 +175,7 @@ def test_a_gate_loses_no_more_than_that_on_text_it_has_never_seen():
 def test_evidence_follows_the_better_one():
     base = np.full(1000, -4.0)
     mixed = np.where(np.arange(1000) < 500, -3.0, -5.0)  # the domain ends in the middle
-    weights = evidence(base, mixed, stream(1000), 1000)
+    weights = evidence_lmbda(base, mixed, stream(1000), 1000)
     assert weights[0] == 0.5
     assert weights[20:500].min() > 0.99
     assert weights[520:].max() < 0.01
@@ -184,4 +184,4 @@ def test_evidence_follows_the_better_one():
 def test_a_label_that_neither_gives_any_mass_is_no_evidence():
     base, mixed = np.full(50, -4.0, np.float32), np.full(50, -4.0, np.float32)
     base[20] = mixed[20] = -np.inf
-    assert np.allclose(evidence(base, mixed, stream(50), 50), 0.5)
+    assert np.allclose(evidence_lmbda(base, mixed, stream(50), 50), 0.5)
