@@ -1,6 +1,10 @@
-"""Draws the pictures of docs/gcide.md from a result of run.py.
+"""Draws the pictures of docs/gcide.md from results of run.py.
 
-python examples/gcide/figures.py examples/gcide/results/h100.json docs
+    python examples/gcide/figures.py examples/gcide/results/h100.json \\
+        examples/gcide/results/h200.json docs
+
+Rows and training are those of the first result. What a row costs is drawn of all: where several have a
+row, the first one's.
 """
 
 from __future__ import annotations
@@ -8,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table import kept_bytes
 
 # Mid-tones that can be told apart, by colour-blind readers too, on white and on near-black.
 COLOURS = ("#2f81d6", "#d9822b", "#9a6dd7", "#3fa45b", "#c2577a", "#8f8a2c", "#25a3a3", "#a9745a")
@@ -66,19 +71,59 @@ def training(result: Mapping[str, Any], axes: Axes) -> None:
     axes.set_ylabel("perplexity of base and memory")
 
 
-def draw(path: Path, folder: Path) -> None:
-    result = json.loads(path.read_text())
-    size_of_rows = 1.2 + 0.33 * len(result["rows"])
-    for name, fill, size in (
-        ("rows", rows, (7.2, size_of_rows)),
-        ("training", training, (7.2, 3.6)),
+def cost(results: Sequence[Mapping[str, Any]], axes: Axes) -> None:
+    """What is kept for a row beside the base, or in its place, against its perplexity on test."""
+    shown = {row["name"]: row for result in reversed(results) for row in result["rows"]}
+    found = [(kept_bytes(row) / 1e6, _best(row), name) for name, row in shown.items()]
+    found = [point for point in found if point[0]]
+    across, up, _ = zip(*found, strict=True)
+    axes.plot(across, up, "o", color=COLOURS[0])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    base = next(row for row in shown.values() if row["setting"]["kind"] == "base")
+    axes.axhline(_best(base), color=GREY, linewidth=1)
+    axes.annotate("base", (min(across), _best(base)), (0, 3), textcoords="offset points")
+    ticks = [8, 10, 12, 15, 20, 25]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
+    axes.minorticks_off()
+    axes.set_xlim(min(across) / 1.5, max(across) * 6)
+    low, high = min(up) / 1.06, _best(base) * 1.1
+    axes.set_ylim(low, high)
+    line = 0.034 * math.log(high / low)  # the height of a line of text
+    top = dict.fromkeys(across, -math.inf)  # of the labels at a place
+    for x, y, name in sorted(found, key=lambda point: point[1]):
+        right = [(other / x, abs(math.log(height / y))) for other, height, _ in found if other > x]
+        left = any(times < 2 for times, _ in right)
+        raised = not left and any(times < 4 and apart < line for times, apart in right)
+        top[x] = max(math.log(y) + raised * line, top[x] + line)
+        where = {"ha": "right", "xytext": (-6, 0)} if left else {"xytext": (6, 0)}
+        at = (x, math.exp(top[x]))
+        axes.annotate(name, at, textcoords="offset points", va="center", size=8, **where)
+    axes.set_xlabel("MB kept, in 16 bits")
+    axes.set_ylabel("perplexity, a lmbda a token")
+
+
+def _best(row: Mapping[str, Any]) -> float:
+    """With a lmbda a token where there is one."""
+    perplexity = row["perplexity"]
+    return float(perplexity["gated" if "gated" in perplexity else "alone"]["test"]["perplexity"])
+
+
+def draw(paths: Sequence[Path], folder: Path) -> None:
+    results = [json.loads(path.read_text()) for path in paths]
+    size_of_rows = 1.2 + 0.33 * len(results[0]["rows"])
+    for name, fill, shown, size in (
+        ("rows", rows, results[0], (7.2, size_of_rows)),
+        ("training", training, results[0], (7.2, 3.6)),
+        ("cost", cost, results, (7.2, 4.8)),
     ):
         with rc_context(STYLE):
             figure = Figure(figsize=size, layout="constrained")
             axes = figure.add_subplot()
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(color=GREY, alpha=0.25)
-            fill(result, axes)
+            fill(shown, axes)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False)
             target = folder / f"gcide-{name}.svg"
@@ -86,4 +131,5 @@ def draw(path: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    *found, out = map(Path, sys.argv[1:])
+    draw(found, out)

@@ -72,7 +72,7 @@ def _cost(rows: Mapping[str, Row]) -> Iterator[str]:
     yield "| | weights | MB in 16 bits | keys / weights | training s | stages before, s |"
     yield "|---|---|---|---|---|---|"
     for name, row in rows.items():
-        kept = 2 * row["parameters"] + row.get("key_bytes", 0) + row.get("text_bytes", 0)
+        kept = kept_bytes(row)
         cells = [
             f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "",
             f"{kept / 1e6:,.0f}" if kept else "",
@@ -80,6 +80,11 @@ def _cost(rows: Mapping[str, Row]) -> Iterator[str]:
             *_seconds(row),
         ]
         yield f"| {name} | {' | '.join(cells)} |"
+
+
+def kept_bytes(row: Row) -> int:
+    """What a row needs beside the base, or in its place: weights in 16 bits, keys, text."""
+    return int(2 * row["parameters"] + row.get("key_bytes", 0) + row.get("text_bytes", 0))
 
 
 def _seeds(results: Sequence[Result]) -> Iterator[str]:

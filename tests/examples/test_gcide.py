@@ -199,9 +199,10 @@ def test_a_row_that_fails_costs_no_other(
 
 
 def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> None:
-    importlib.import_module("figures").draw(results[2], tmp_path)
-    drawn = (tmp_path / "gcide-rows.svg").read_text()
-    assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
+    importlib.import_module("figures").draw([results[2]], tmp_path)
+    for picture in ("rows", "cost"):
+        drawn = (tmp_path / f"gcide-{picture}.svg").read_text()
+        assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
 
 
 def test_a_residual_completes_the_base_to_the_teacher() -> None:
