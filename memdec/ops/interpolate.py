@@ -91,7 +91,7 @@ def _check_out(out: Tensor, out_dtype: torch.dtype, base: Tensor, *inputs: Tenso
         )
     _checks.check_device("out", out, base)
     tensors = base, *inputs
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *tensors)):
+    if needs_gradient(out, *tensors):
         raise RuntimeError(
             "fused_interpolate: out= does not support automatic differentiation, but one of the "
             "tensors requires grad"
