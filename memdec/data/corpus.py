@@ -207,17 +207,18 @@ def _split(
 
     So the head of a held-out split is a fair sample of it. Shares are of characters, which are
     known before a token is made. A document longer than a held-out split's whole share stays in
-    train, so a giant cannot empty it.
+    train, so a giant cannot empty it; and each split gets one of at least three documents.
     """
     total = sum(lengths[index] for index in order)
     rest = list(order)
     members = {}
-    for name, share in (("test", config.test_fraction), ("validation", config.validation_fraction)):
+    held_out = (("test", config.test_fraction, 2), ("validation", config.validation_fraction, 1))
+    for name, share, splits_left in held_out:
         wanted = share * total
         chosen: list[int] = []
         size = 0
         for index in rest:
-            if size >= wanted:
+            if size >= wanted or len(chosen) == len(rest) - splits_left:
                 break
             if lengths[index] <= wanted:
                 chosen.append(index)
@@ -227,11 +228,6 @@ def _split(
         rest = [index for index in rest if index not in taken]
         members[name] = chosen
     members["train"] = sorted(rest)
-    if not rest:
-        raise MemdecError(
-            "nothing is left to train on after the held-out documents; "
-            "lower validation_fraction and test_fraction"
-        )
     return members
 
 

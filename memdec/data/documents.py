@@ -175,7 +175,7 @@ def _json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)[text_field]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             value = None
         if isinstance(value, str) and _SURROGATE.search(value):
             raise MemdecError(

@@ -139,6 +139,22 @@ def test_a_giant_document_stays_in_train_and_spans_shards(options, tmp_path, mon
     assert corpus.artefact.manifest["splits"]["train"]["shards"] > 2
 
 
+@pytest.mark.parametrize(
+    ("count", "shares"),
+    [(2, (0.1, 0.1)), (3, (0.005, 0.99)), (20, (0.99, 0.005))],
+    ids=["a giant and two", "nearly all test", "nearly all validation"],
+)
+def test_every_split_gets_a_document(options, tmp_path, count, shares):
+    giant = " ".join(documents(40, seed=5))
+    write_corpus(tmp_path / "corpus", [*documents(count), giant])
+    options = {**options, "corpus": tmp_path / "corpus"}
+    options["validation_fraction"], options["test_fraction"] = shares
+    prepare(PrepareConfig(**options), tmp_path / "tokens")
+    splits = TokenCorpus.open(tmp_path / "tokens").artefact.manifest["splits"]
+    assert all(splits[split]["documents"] > 0 for split in SPLITS)
+    assert sum(splits[split]["documents"] for split in SPLITS) == count + 1
+
+
 def test_max_tokens_takes_a_random_choice_of_documents(options, tmp_path):
     prepare(PrepareConfig(**options, max_tokens=700), tmp_path)
     corpus = TokenCorpus.open(tmp_path)

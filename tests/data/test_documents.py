@@ -66,7 +66,17 @@ def test_json_lines_are_documents_whatever_the_unit(tmp_path):
         assert read(path, unit, "body") == ["one\n\ntwo", "three"]
 
 
-@pytest.mark.parametrize("line", ['{"other": "x"}', '{"text": 3}', '["text"]', "text", '{"text'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"other": "x"}',
+        '{"text": 3}',
+        '["text"]',
+        "text",
+        '{"text',
+        pytest.param("[" * 10**5, id="deep"),
+    ],
+)
 def test_a_bad_json_line_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line)
