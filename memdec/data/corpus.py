@@ -81,13 +81,14 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
 
     Raises:
         MemdecError: no text, something that is not text, too few documents to split, a tokenizer
-            without a separator.
+            without a separator, an `out` in the corpus.
     """
     from memdec.modeling.loading import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(config.tokenizer)
     separator = separator_id(tokenizer, config.separator_id)
     if config.corpus is not None:
+        _check_apart(config.corpus, out)
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:
         assert config.dataset is not None
@@ -107,6 +108,12 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
             say(f"prepare: already done in {out}")
             return Artefact.open(out, KIND)
         return _write(config, writer, tokenizer, separator, documents)
+
+
+def _check_apart(corpus: Path, out: Path) -> None:
+    """Raises :class:`MemdecError` when a rerun would read results as text."""
+    if out.resolve().is_relative_to(corpus.resolve()):
+        raise MemdecError(f"{out} lies in the corpus {corpus}; choose a directory outside it")
 
 
 def check_documents(documents: Documents, config: PrepareConfig) -> None:

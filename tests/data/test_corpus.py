@@ -262,6 +262,14 @@ def test_too_little_text(options, tmp_path, texts, message):
     assert not (tmp_path / "tokens").exists()
 
 
+def test_results_in_the_corpus_are_refused(options, tmp_path):
+    """A rerun would read them, such as the log.jsonl of a training beside, as text."""
+    corpus = write_corpus(tmp_path / "corpus", documents(20))
+    with pytest.raises(MemdecError, match=r"lies in the corpus"):
+        prepare(PrepareConfig(**{**options, "corpus": corpus}), corpus / "memory" / "prepare")
+    assert not (corpus / "memory").exists()
+
+
 def test_a_file_that_is_not_text_leaves_nothing_behind(options, tmp_path):
     write_corpus(tmp_path / "corpus", documents(5))
     (tmp_path / "corpus" / "0002.txt").write_bytes(b"\0\1\2")
