@@ -133,6 +133,8 @@ def _write(
     separator: int,
     documents: Documents,
 ) -> Artefact:
+    from memdec.modeling.loading import vocabulary_size
+
     if not writer.has_directory("tokenizer"):
         writer.write_directory("tokenizer", tokenizer.save_pretrained)
     generator = random.Random(config.seed)
@@ -156,7 +158,7 @@ def _write(
     return writer.finish(
         splits=splits,
         separator_id=separator,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         dtype="int32",
         counts={**documents.counts, "documents_not_chosen": len(documents.texts) - len(order)},
     )
@@ -168,8 +170,11 @@ def separator_id(tokenizer: Any, given: int | None) -> int:
     Raises:
         MemdecError: it has none of them, or no token of the id given.
     """
+    from memdec.modeling.loading import vocabulary_size
+
     if given is not None:
-        require(0 <= given < len(tokenizer), "separator_id", f"in [0, {len(tokenizer)})", given)
+        size = vocabulary_size(tokenizer)
+        require(0 <= given < size, "separator_id", f"in [0, {size})", given)
         return given
     for token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         if token_id is not None:
@@ -368,7 +373,7 @@ class TokenCorpus:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids that the tokenizer has."""
+        """One more than the tokenizer's highest token id."""
         return int(self.artefact.manifest["vocab_size"])
 
     def tokenizer(self) -> Any:

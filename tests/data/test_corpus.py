@@ -15,6 +15,7 @@ from data_tiny import (
     write_corpus,
     write_tokenizer,
 )
+from tokenizers import Tokenizer
 
 from memdec.data.artefact import Artefact
 from memdec.data.corpus import SPLITS, PrepareConfig, TokenCorpus, prepare
@@ -200,6 +201,22 @@ def test_the_tokenizer_travels_with_the_tokens(options, corpus):
     assert corpus.tokenizer()(text)["input_ids"] == original(text)["input_ids"]
     assert corpus.vocab_size == len(original)
     assert corpus.separator_id == original.eos_token_id
+
+
+def test_ids_may_skip_some(tiny, options, tmp_path):
+    tokenizer = load_tokenizer(options["tokenizer"])
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = parts["model"]["vocab"]
+    vocabulary |= {token: index + 50 for token, index in vocabulary.items() if index >= 300}
+    skipping = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token=tokenizer.eos_token
+    )
+    skipping.save_pretrained(tmp_path / "tokenizer")
+    prepare(
+        PrepareConfig(**{**options, "tokenizer": str(tmp_path / "tokenizer")}), tmp_path / "out"
+    )
+    stream = TokenCorpus.open(tmp_path / "out").split("train")
+    assert stream.read(0, len(stream)).max() >= len(skipping)
 
 
 def test_the_separator_can_be_given(options, tmp_path):
