@@ -116,13 +116,16 @@ def _convert(name: str, value: Any, hint: Any, item: str | None = None) -> Any:
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-            return int(value)
+        if isinstance(value, str):
+            try:
+                return int(value)
+            except ValueError:
+                pass
     elif hint is float:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 return float(value)  # YAML reads 5e-5 as a string
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
     elif hint is Path:
         if isinstance(value, (str, Path)):

@@ -14,7 +14,7 @@ inline ExpSum measure_logits(const RowsView& logits, int64_t vocab, int64_t row,
   return measure_exp_sum(logits, row, begin, end, 1.f, kept);
 }
 
-// factor * softmax in the columns below vocab and 0 above; or one value in the whole row.
+// factor * softmax, or one value, in the columns below vocab; 0 above.
 struct SoftmaxGradient {
   enum Kind { kAllZero, kAllNaN, kScaled };
 
@@ -24,12 +24,14 @@ struct SoftmaxGradient {
   float factor = 0.f;
 };
 
-// Writes columns [begin, end) where the gradient is one value; returns whether it is.
-inline bool write_constant_gradient(const SoftmaxGradient& gradient, const RowsView& grad,
-                                    int64_t begin, int64_t end) {
+// Writes columns [begin, end) where the gradient is one value below vocab; returns whether it is.
+inline bool write_constant_gradient(const SoftmaxGradient& gradient, int64_t vocab,
+                                    const RowsView& grad, int64_t begin, int64_t end) {
   if (gradient.kind == SoftmaxGradient::kScaled) return false;
+  const int64_t stop = larger(begin, smaller(end, vocab));
   const float value = gradient.kind == SoftmaxGradient::kAllZero ? 0.f : kNaN;
-  fill_chunk(grad, gradient.row, begin, end, value);
+  fill_chunk(grad, gradient.row, begin, stop, value);
+  fill_chunk(grad, gradient.row, stop, end, 0.f);
   return true;
 }
 
@@ -37,7 +39,7 @@ inline bool write_constant_gradient(const SoftmaxGradient& gradient, const RowsV
 inline void write_softmax_gradient(const SoftmaxGradient& gradient, const RowsView& logits,
                                    int64_t vocab, const RowsView& grad, int64_t begin,
                                    int64_t end) {
-  if (write_constant_gradient(gradient, grad, begin, end)) return;
+  if (write_constant_gradient(gradient, vocab, grad, begin, end)) return;
   const int64_t stop = larger(begin, smaller(end, vocab));
   const char* x = row_address(logits, gradient.row) + begin * element_size(logits.dtype);
   char* to = row_address(grad, gradient.row) + begin * element_size(grad.dtype);
@@ -56,7 +58,7 @@ inline void write_softmax_gradient(const SoftmaxGradient& gradient, const RowsVi
 inline void write_kept_gradient(const SoftmaxGradient& gradient, const ExpSum& sum,
                                 const float* kept, int64_t vocab, const RowsView& grad,
                                 int64_t begin, int64_t end) {
-  if (write_constant_gradient(gradient, grad, begin, end)) return;
+  if (write_constant_gradient(gradient, vocab, grad, begin, end)) return;
   const int64_t stop = larger(begin, smaller(end, vocab));
   const double factor = gradient.factor * ::exp(log_prob(sum.max, gradient.stats));
   const float scale = static_cast<float>(factor);

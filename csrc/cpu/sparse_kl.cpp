@@ -159,7 +159,8 @@ struct Forward {
     const RowStats stats = state.counts ? row_stats(state.sum) : kNoStats;
     double loss = 0, kl = 0, ce = 0;
     if (state.counts && (is_nan(stats.log_norm) || !ids_are_valid(args, row))) {
-      loss = kl = ce = kNaN;
+      loss = kl = kNaN;
+      ce = args.labels != nullptr ? kl : 0.;
     } else if (state.counts) {
       kl = divergence(row, stats);
       if (args.labels != nullptr) {

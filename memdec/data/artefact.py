@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -308,7 +308,8 @@ def _remove_if_nothing_done(path: Path) -> None:
     if {item.name for item in path.iterdir()} <= {PROGRESS, LOCK}:
         (path / PROGRESS).unlink(missing_ok=True)
         (path / LOCK).unlink()
-        path.rmdir()
+        with suppress(OSError):  # a link or a mount point stays
+            path.rmdir()
 
 
 def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:

@@ -81,13 +81,14 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
 
     Raises:
         MemdecError: no text, something that is not text, too few documents to split, a tokenizer
-            without a separator.
+            without a separator, an `out` in the corpus.
     """
     from memdec.modeling.loading import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(config.tokenizer)
     separator = separator_id(tokenizer, config.separator_id)
     if config.corpus is not None:
+        _check_apart(config.corpus, out)
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:
         assert config.dataset is not None
@@ -109,6 +110,12 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
         return _write(config, writer, tokenizer, separator, documents)
 
 
+def _check_apart(corpus: Path, out: Path) -> None:
+    """Raises :class:`MemdecError` when a rerun would read results as text."""
+    if out.resolve().is_relative_to(corpus.resolve()):
+        raise MemdecError(f"{out} lies in the corpus {corpus}; choose a directory outside it")
+
+
 def check_documents(documents: Documents, config: PrepareConfig) -> None:
     """Raises :class:`MemdecError` when there are too few to split."""
     if len(documents.texts) < len(SPLITS):
@@ -126,6 +133,8 @@ def _write(
     separator: int,
     documents: Documents,
 ) -> Artefact:
+    from memdec.modeling.loading import vocabulary_size
+
     if not writer.has_directory("tokenizer"):
         writer.write_directory("tokenizer", tokenizer.save_pretrained)
     generator = random.Random(config.seed)
@@ -149,7 +158,7 @@ def _write(
     return writer.finish(
         splits=splits,
         separator_id=separator,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         dtype="int32",
         counts={**documents.counts, "documents_not_chosen": len(documents.texts) - len(order)},
     )
@@ -161,8 +170,11 @@ def separator_id(tokenizer: Any, given: int | None) -> int:
     Raises:
         MemdecError: it has none of them, or no token of the id given.
     """
+    from memdec.modeling.loading import vocabulary_size
+
     if given is not None:
-        require(0 <= given < len(tokenizer), "separator_id", f"in [0, {len(tokenizer)})", given)
+        size = vocabulary_size(tokenizer)
+        require(0 <= given < size, "separator_id", f"in [0, {size})", given)
         return given
     for token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         if token_id is not None:
@@ -207,17 +219,18 @@ def _split(
 
     So the head of a held-out split is a fair sample of it. Shares are of characters, which are
     known before a token is made. A document longer than a held-out split's whole share stays in
-    train, so a giant cannot empty it.
+    train, so a giant cannot empty it; and each split gets one of at least three documents.
     """
     total = sum(lengths[index] for index in order)
     rest = list(order)
     members = {}
-    for name, share in (("test", config.test_fraction), ("validation", config.validation_fraction)):
+    held_out = (("test", config.test_fraction, 2), ("validation", config.validation_fraction, 1))
+    for name, share, splits_left in held_out:
         wanted = share * total
         chosen: list[int] = []
         size = 0
         for index in rest:
-            if size >= wanted:
+            if size >= wanted or len(chosen) == len(rest) - splits_left:
                 break
             if lengths[index] <= wanted:
                 chosen.append(index)
@@ -227,11 +240,6 @@ def _split(
         rest = [index for index in rest if index not in taken]
         members[name] = chosen
     members["train"] = sorted(rest)
-    if not rest:
-        raise MemdecError(
-            "nothing is left to train on after the held-out documents; "
-            "lower validation_fraction and test_fraction"
-        )
     return members
 
 
@@ -365,7 +373,7 @@ class TokenCorpus:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids that the tokenizer has."""
+        """One more than the tokenizer's highest token id."""
         return int(self.artefact.manifest["vocab_size"])
 
     def tokenizer(self) -> Any:

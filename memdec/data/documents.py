@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from memdec.console import say_once
 from memdec.errors import MemdecError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
@@ -93,18 +94,20 @@ def read_corpus(corpus: Path, unit: DocumentUnit, text_field: str) -> Iterator[s
 
 
 def text_files(corpus: Path) -> list[Path]:
-    """The files that :func:`read_corpus` reads."""
+    """The files that :func:`read_corpus` reads. Links to directories are named and left out."""
     if corpus.is_file():
         return [corpus]
     if not corpus.is_dir():
         raise MemdecError(f"expected a text file or a directory of them, found none at {corpus}")
-    found = [
+    seen = [
         path
         for path in corpus.rglob("*")
-        if path.suffix.lower() in TEXT_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(corpus).parts)
+        if not any(part.startswith(".") for part in path.relative_to(corpus).parts)
     ]
+    for path in seen:
+        if path.is_symlink() and path.is_dir():
+            say_once(f"{path} is a link to a directory, which is not read")
+    found = [path for path in seen if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
     if not found:
         raise MemdecError(
             f"{corpus} holds no file whose name ends in {', '.join(TEXT_SUFFIXES)}; "
@@ -175,7 +178,7 @@ def _json_lines(path: Path, text: str, text_field: str) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)[text_field]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             value = None
         if isinstance(value, str) and _SURROGATE.search(value):
             raise MemdecError(

@@ -330,7 +330,7 @@ class _HalfBlock:
         queries = queries * self.unit**-0.5
         high, low = _split(queries * -2, 2)
         norms = _split(queries.square().sum(1, keepdim=True) / _NORM_UNIT, 3)
-        ones = torch.ones_like(high[:, :3])
+        ones = high.new_ones(len(high), 3)
         rows = torch.cat([high, high, low, ones, *norms], dim=1)
         return _half_product(pad(rows, (0, -rows.shape[1] % _ALIGNMENT)), self.keys)
 

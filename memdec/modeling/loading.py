@@ -139,6 +139,11 @@ def model_fingerprint(name: str | Path) -> str:
     return fingerprint({"config": config, "weights": weights})
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest token id: ids may skip some, and then exceed ``len(tokenizer)``."""
+    return max(len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values()))
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over all that decides how text becomes token ids.
 

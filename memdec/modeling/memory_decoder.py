@@ -32,6 +32,7 @@ from memdec.modeling.loading import (
     has_tokenizer,
     load_model,
     load_tokenizer,
+    vocabulary_size,
 )
 from memdec.modeling.members import has_key_value_cache, readable_ids, run_member
 from memdec.ops import fused_interpolate
@@ -48,8 +49,8 @@ class MemoryDecoderConfig(PreTrainedConfig):
             :class:`memdec.modeling.gate.Gate`, or its fields, which gives each token a weight of
             its own.
         base_name: directory, hub name or .gguf file of the base; None when it is saved beside.
-        tokenizer_size: ``len(tokenizer)``, the number of real tokens; columns of the logits from
-            there on are padding. None: all are real.
+        tokenizer_size: one more than the tokenizer's highest id; columns of the logits from there on
+            are padding. None: all are real.
         vocab_size: width of the base's logits.
     """
 
@@ -122,7 +123,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             memory: a decoder-only model of the same tokenizer, on the base's device; its output
                 may have another width.
             lmbda: the memory's weight, in [0, 1], or a gate that chooses one for each token.
-            tokenizer: the base's; its length says how many columns of the logits are real tokens.
+            tokenizer: the base's; its ids say which columns of the logits are real tokens.
             memory_tokenizer: the memory's; compared with `tokenizer` when both are given.
 
         Raises:
@@ -139,7 +140,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         config = MemoryDecoderConfig(
             lmbda=dataclasses.asdict(lmbda) if isinstance(lmbda, Gate) else float(lmbda),
             base_name=base.config.name_or_path or None,
-            tokenizer_size=None if tokenizer is None else len(tokenizer),
+            tokenizer_size=None if tokenizer is None else vocabulary_size(tokenizer),
             vocab_size=base.config.get_text_config().vocab_size,
         )
         return cls(config, base, memory, tokenizer or memory_tokenizer)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memdec.modeling.loading import vocabulary_size
+
 Rows = Literal["mean", "random"]
 
 # The vocabulary is padded to a multiple: tensor cores halve their pace at an odd one.
@@ -40,8 +42,7 @@ def transfer_vocabulary(
         The model. Its vocabulary is the target's, padded to a multiple of 64, and its special tokens
         are the target's; embeddings and output are tied if they were.
     """
-    size = max(len(target), *(index + 1 for index in target.get_vocab().values()))  # ids may skip
-    width = -(-size // _WIDTH_OF) * _WIDTH_OF
+    width = -(-vocabulary_size(target) // _WIDTH_OF) * _WIDTH_OF
     old = [parameter.detach().clone() for parameter in _vocabulary_parameters(model)]
     model.resize_token_embeddings(width, mean_resizing=False)
     spelled = _spellings(source, target, width) if rows == "mean" else None

@@ -103,7 +103,7 @@ def flat_inputs(inputs: MixtureInputs, rows: int) -> tuple[Tensor, Tensor, Tenso
     """Base, memory and lmbda as the references take them: `[rows, ...]`."""
     base, memory, lmbda, lmbda_rows, *_ = inputs
     if lmbda_rows is None:
-        lmbda_rows = torch.full((), lmbda, dtype=torch.float64, device=base.device)
+        lmbda_rows = torch.full((), lmbda, dtype=torch.float32, device=base.device)
     weight = lmbda_rows.expand(base.shape[:-1]).reshape(rows)
     return base.reshape(rows, base.shape[-1]), memory.reshape(rows, memory.shape[-1]), weight
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def register(
@@ -46,7 +47,15 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an op on these tensors."""
+    """Whether autograd would record an op on these tensors.
+
+    Raises:
+        RuntimeError: one has a tangent, which torch would drop without a word.
+    """
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError("memdec's ops have no forward-mode derivative")
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

@@ -48,8 +48,8 @@ def fused_interpolate(
             pad their output differently: columns that the memory lacks get
             `log(1 - lmbda) + log p_base`, columns beyond the base are dropped before the memory is
             normalised.
-        lmbda: the memory's weight. A number in [0, 1], or a floating-point tensor that broadcasts
-            to `base_logits.shape[:-1]`, read as float32; its values are not checked, one outside
+        lmbda: the memory's weight, read as float32. A number in [0, 1], or a floating-point tensor
+            that broadcasts to `base_logits.shape[:-1]`; its values are not checked, one outside
             [0, 1] makes its row NaN. At 0 or 1 the other model has no influence, not even its NaN.
             Pass a tensor when it varies inside compiled code.
         memory_temperature: divides the memory's logits; below 1e-5 it is taken as 1e-5.
@@ -91,7 +91,7 @@ def _check_out(out: Tensor, out_dtype: torch.dtype, base: Tensor, *inputs: Tenso
         )
     _checks.check_device("out", out, base)
     tensors = base, *inputs
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *tensors)):
+    if needs_gradient(out, *tensors):
         raise RuntimeError(
             "fused_interpolate: out= does not support automatic differentiation, but one of the "
             "tensors requires grad"
@@ -162,10 +162,10 @@ def _log_softmaxes(
     base: Tensor, memory: Tensor, memory_temperature: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """Both `[rows, vocab_size]`; -inf in the columns that the memory lacks."""
+    missing = max(vocab_size - memory.shape[-1], 0)
+    memory = torch.nn.functional.pad(memory[:, :vocab_size], (0, missing), value=-math.inf)
     log_base = _reference.log_softmax(base[:, :vocab_size])
-    log_memory = _reference.log_softmax(memory[:, :vocab_size].double() / memory_temperature)
-    missing = vocab_size - log_memory.shape[-1]
-    return log_base, torch.nn.functional.pad(log_memory, (0, missing), value=-math.inf)
+    return log_base, _reference.log_softmax(memory.double() / memory_temperature)
 
 
 def _weight(lmbda: Tensor) -> Tensor:

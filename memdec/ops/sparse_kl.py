@@ -196,7 +196,7 @@ def reference_sparse_kl(
         # A term without weight has no influence, not even its infinity; a NaN row stays one.
         loss = alpha * kl + (1 - alpha) * ce
         if alpha in (0, 1):
-            loss = torch.where(kl.isnan(), kl, kl if alpha == 1 else ce)
+            loss = torch.where((kl + ce).isnan(), math.nan, kl if alpha == 1 else ce)
     counted = counted_rows(indptr, labels, ignore_index)
     loss, kl, ce = (torch.where(counted, value, 0.0) for value in (loss, kl, ce))
     return loss, kl, ce

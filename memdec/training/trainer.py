@@ -170,7 +170,6 @@ def _train(
         warmup_steps=round(config.warmup_fraction * total_steps),
         eval_strategy="no",
         save_strategy="no",  # the schedule below decides when to validate and to save
-        save_total_limit=2,  # the older one must outlive the writing of the newer
         logging_steps=10,
         logging_nan_inf_filter=False,
         report_to=list(config.report_to) or "none",
@@ -314,9 +313,10 @@ class _Schedule(TrainerCallback):
         temporary = marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.curve))
         os.replace(temporary, marker)
-        for path in self.work.glob("best-*"):
-            if path != self.best_weights():
-                shutil.rmtree(path)
+        # What came before goes now, and not by Trainer's limit, which trusts a clock that may jump.
+        kept = {marker.parent, self.best_weights()}
+        for path in {*self.work.glob("checkpoint-*"), *self.work.glob("best-*")} - kept:
+            shutil.rmtree(path)
 
 
 def _remove_parts(work: Path) -> None:

@@ -126,3 +126,16 @@ def test_an_interrupt_says_how_to_go_on():
     result = invoke(fail(KeyboardInterrupt()), "--corpus", "docs")
     assert result.exit_code == 130
     assert result.stderr == "stopped; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("block_size", "+-5", "an integer"),
+        ("block_size", "5.0", "an integer"),
+        pytest.param("rate", 10**400, "a number", id="huge"),
+    ],
+)
+def test_what_is_no_number_is_named(name, value, expected):
+    with pytest.raises(MemdecError, match=f"{name} must be {expected}, got "):
+        ExampleConfig(**{"corpus": "c", name: value})

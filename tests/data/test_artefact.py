@@ -132,6 +132,17 @@ def test_a_refusal_before_anything_was_finished_leaves_nothing(tmp_path):
     write_all(tmp_path / "out", params={**PARAMS, "k": 1})
 
 
+def test_a_refusal_is_told_where_the_directory_is_a_link(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to("scratch")
+    with (
+        pytest.raises(MemdecError, match="bad"),
+        stage(tmp_path / "out", "example", PARAMS, INPUTS),
+    ):
+        raise MemdecError("bad input")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_full_disk_is_one_clear_line_and_the_rerun_keeps_what_was_finished(tmp_path):
     def full(file):
         file.write(b"half")

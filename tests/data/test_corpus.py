@@ -15,6 +15,7 @@ from data_tiny import (
     write_corpus,
     write_tokenizer,
 )
+from tokenizers import Tokenizer
 
 from memdec.data.artefact import Artefact
 from memdec.data.corpus import SPLITS, PrepareConfig, TokenCorpus, prepare
@@ -139,6 +140,22 @@ def test_a_giant_document_stays_in_train_and_spans_shards(options, tmp_path, mon
     assert corpus.artefact.manifest["splits"]["train"]["shards"] > 2
 
 
+@pytest.mark.parametrize(
+    ("count", "shares"),
+    [(2, (0.1, 0.1)), (3, (0.005, 0.99)), (20, (0.99, 0.005))],
+    ids=["a giant and two", "nearly all test", "nearly all validation"],
+)
+def test_every_split_gets_a_document(options, tmp_path, count, shares):
+    giant = " ".join(documents(40, seed=5))
+    write_corpus(tmp_path / "corpus", [*documents(count), giant])
+    options = {**options, "corpus": tmp_path / "corpus"}
+    options["validation_fraction"], options["test_fraction"] = shares
+    prepare(PrepareConfig(**options), tmp_path / "tokens")
+    splits = TokenCorpus.open(tmp_path / "tokens").artefact.manifest["splits"]
+    assert all(splits[split]["documents"] > 0 for split in SPLITS)
+    assert sum(splits[split]["documents"] for split in SPLITS) == count + 1
+
+
 def test_max_tokens_takes_a_random_choice_of_documents(options, tmp_path):
     prepare(PrepareConfig(**options, max_tokens=700), tmp_path)
     corpus = TokenCorpus.open(tmp_path)
@@ -184,6 +201,22 @@ def test_the_tokenizer_travels_with_the_tokens(options, corpus):
     assert corpus.tokenizer()(text)["input_ids"] == original(text)["input_ids"]
     assert corpus.vocab_size == len(original)
     assert corpus.separator_id == original.eos_token_id
+
+
+def test_ids_may_skip_some(tiny, options, tmp_path):
+    tokenizer = load_tokenizer(options["tokenizer"])
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = parts["model"]["vocab"]
+    vocabulary |= {token: index + 50 for token, index in vocabulary.items() if index >= 300}
+    skipping = type(tokenizer)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token=tokenizer.eos_token
+    )
+    skipping.save_pretrained(tmp_path / "tokenizer")
+    prepare(
+        PrepareConfig(**{**options, "tokenizer": str(tmp_path / "tokenizer")}), tmp_path / "out"
+    )
+    stream = TokenCorpus.open(tmp_path / "out").split("train")
+    assert stream.read(0, len(stream)).max() >= len(skipping)
 
 
 def test_the_separator_can_be_given(options, tmp_path):
@@ -244,6 +277,14 @@ def test_too_little_text(options, tmp_path, texts, message):
     with pytest.raises(MemdecError, match=message):
         prepare(PrepareConfig(**{**options, "corpus": tmp_path / "corpus"}), tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
+
+
+def test_results_in_the_corpus_are_refused(options, tmp_path):
+    """A rerun would read them, such as the log.jsonl of a training beside, as text."""
+    corpus = write_corpus(tmp_path / "corpus", documents(20))
+    with pytest.raises(MemdecError, match=r"lies in the corpus"):
+        prepare(PrepareConfig(**{**options, "corpus": corpus}), corpus / "memory" / "prepare")
+    assert not (corpus / "memory").exists()
 
 
 def test_a_file_that_is_not_text_leaves_nothing_behind(options, tmp_path):

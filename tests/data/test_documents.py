@@ -32,6 +32,22 @@ def test_other_names_and_hidden_ones_are_not_read(tmp_path):
     assert read(tmp_path) == ["kept"]
 
 
+def test_a_link_to_a_directory_is_named_and_not_read(tmp_path, capsys):
+    for name in ("corpus/kept.txt", "elsewhere/other.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    corpus = tmp_path / "corpus"
+    (corpus / "linked.txt").symlink_to(corpus / "kept.txt")
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (corpus / "loop").symlink_to(corpus)
+    assert read(corpus) == ["corpus/kept.txt", "corpus/kept.txt"]
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(" ")[0] for line in said) == [
+        str(corpus / "linked"),
+        str(corpus / "loop"),
+    ]
+
+
 def test_a_single_file_may_have_any_name(tmp_path):
     (tmp_path / "README").write_text("text")
     assert read(tmp_path / "README") == ["text"]
@@ -66,7 +82,17 @@ def test_json_lines_are_documents_whatever_the_unit(tmp_path):
         assert read(path, unit, "body") == ["one\n\ntwo", "three"]
 
 
-@pytest.mark.parametrize("line", ['{"other": "x"}', '{"text": 3}', '["text"]', "text", '{"text'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"other": "x"}',
+        '{"text": 3}',
+        '["text"]',
+        "text",
+        '{"text',
+        pytest.param("[" * 10**5, id="deep"),
+    ],
+)
 def test_a_bad_json_line_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line)

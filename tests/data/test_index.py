@@ -241,6 +241,15 @@ def test_the_smallest_of_a_row_are_those_of_a_stable_sort(k, distinct):
     assert torch.equal(columns, expected.indices[:, :k])
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_keys_may_be_narrow(device, width):
+    keys, queries = make_keys(90)[:, :width], make_keys(9, seed=1)[:, :width]
+    distances, _ = ExactIndex([keys], device).search(queries, 90, None)
+    gaps = queries.astype(np.float64)[:, None] - keys
+    expected = np.sort((gaps**2).sum(axis=2), axis=1)
+    np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_halves_keep_the_digits_of_float32():
     """With keys of very different lengths, and columns far larger than the others."""
     keys = make_keys(600).astype(np.float32)

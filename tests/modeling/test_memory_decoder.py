@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from operations import Operations
 from tiny_models import VOCABULARY, saved, tiny_config, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
     DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
     StaticCache,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -179,6 +182,15 @@ def test_columns_beyond_the_tokenizer_take_no_mass() -> None:
     assert result.shape[-1] == VOCABULARY
     assert torch.isneginf(result[..., 50:]).all()
     torch.testing.assert_close(result.exp().sum(-1), torch.ones(2, 7), rtol=0, atol=1e-5)
+
+
+def test_a_token_behind_skipped_ids_takes_mass() -> None:
+    parts = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    parts["model"]["vocab"]["w49"] = 52
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
+    result = pair(tokenizer=tokenizer)(prompt()).logits
+    assert result[..., 52].isfinite().all()
+    assert torch.isneginf(result[..., 53:]).all()
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,20 @@ def test_nan_and_infinity_spoil_their_own_row_only(
     assert not ours[0].isnan().any()
 
 
+def test_a_nan_row_is_nan_in_what_the_memory_lacks(device: str, implementation: str) -> None:
+    base, memory = random_pair((2,), 65, 33, device)
+    memory[1, 3] = math.inf
+    ours = fused_interpolate(base, memory, 0.5)
+    assert ours[0].isfinite().all()
+    assert ours[1].isnan().all()
+
+
+def test_a_number_is_read_as_float32(device: str, implementation: str) -> None:
+    base, memory = random_pair((2,), 65, 33, device)
+    ours = fused_interpolate(base, memory, 1 - 1e-7)  # float32 has 1 - 1.2e-7 and 1 here
+    assert_within_budget(ours, oracle.interpolate(base, memory, 1 - 1e-7))
+
+
 def test_lmbda_outside_its_range_makes_its_row_nan(device: str, implementation: str) -> None:
     base, memory = random_pair((5,), 77, 77, device)
     lmbda = torch.tensor([0.5, -0.1, 1.1, math.nan, 1.0], device=device)

@@ -321,6 +321,32 @@ def test_padding_columns_take_no_mass_and_no_gradient(
     assert_gradient(logits.grad, wanted)
 
 
+def test_a_nan_row_keeps_its_padding(device: str, implementation: str) -> None:
+    logits, targets, labels = random_case((2, 65), device)
+    logits[0, 3] = math.nan
+    labels = torch.tensor([1, 64], device=device)  # the second is padding
+    targets = pack([{1: 1.0}, {1: 1.0}], device)
+    for reduction in ("none", "sum"):
+        logits = logits.detach().requires_grad_()
+        loss = sparse_kl_loss(logits, targets, labels, reduction=reduction, vocab_size=60).loss
+        loss.sum().backward()
+        assert logits.grad[:, :60].isnan().all()
+        assert (logits.grad[:, 60:] == 0).all()
+
+
+def test_a_nan_row_without_weight_or_labels(device: str, implementation: str) -> None:
+    """Where the term that is NaN has no weight the loss is NaN all the same; ce is 0 unasked."""
+    logits, _, labels = random_case((2, 65), device)
+    logits[0] = math.nan
+    nothing = pack([{}, {1: 1.0}], device)
+    loss = sparse_kl_loss(logits, nothing, labels[:2], alpha=1.0, reduction="none").loss
+    assert loss.isnan().tolist() == [True, False]
+    targets = pack([{1: 1.0}, {1: 1.0}], device)
+    unlabelled = sparse_kl_loss(logits, targets, reduction="none")
+    assert unlabelled.loss.isnan().tolist() == [True, False]
+    assert unlabelled.ce.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_infinity_spoil_their_own_row_only(
     bad: float, device: str, implementation: str

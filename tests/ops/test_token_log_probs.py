@@ -121,6 +121,15 @@ def test_label_outside_the_vocabulary_makes_its_row_nan(
     assert not logits.grad[[0, 2]].isnan().any()
 
 
+def test_a_nan_row_keeps_its_padding(device: str, implementation: str) -> None:
+    logits, labels = random_case((2, 65), device)
+    logits[0, 3] = math.nan
+    logits.requires_grad_()
+    token_log_probs(logits, labels.clamp(max=59), vocab_size=60).sum().backward()
+    assert logits.grad[0, :60].isnan().all()
+    assert (logits.grad[:, 60:] == 0).all()
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e4])
 def test_columns_beyond_vocab_size_have_no_influence(
     poison: float, device: str, implementation: str

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def test_the_model_learns_and_its_best_validation_is_kept(adapted, tiny):
     assert -scores.mean(dtype=float) == best["nll"]
     assert model.config.use_cache  # training must not switch the cache off for good
     assert len(load_tokenizer(adapted / "model")) == 62
+
+
+def test_a_clock_that_jumps_back_costs_no_checkpoint(config, adapted, tmp_path, monkeypatch):
+    from memdec.training.trainer import _Schedule
+
+    on_save = _Schedule.on_save
+
+    def save_and_turn_the_clock_back(self, args, state, control, **kwargs):
+        on_save(self, args, state, control, **kwargs)
+        for path in Path(args.output_dir).glob("checkpoint-*"):
+            os.utime(path, (2e9 - state.global_step, 2e9 - state.global_step))
+
+    monkeypatch.setattr(_Schedule, "on_save", save_and_turn_the_clock_back)
+    adapt(config, tmp_path / "adapt")
+    assert contents(tmp_path / "adapt").keys() == contents(adapted).keys()
 
 
 def test_the_train_loss_of_the_curve_is_a_mean_over_tokens(adapted):
