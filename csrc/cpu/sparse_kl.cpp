@@ -159,8 +159,9 @@ struct Forward {
     const RowStats stats = state.counts ? row_stats(state.sum) : kNoStats;
     double loss = 0, kl = 0, ce = 0;
     if (state.counts && (is_nan(stats.log_norm) || !ids_are_valid(args, row))) {
-      loss = kl = kNaN;
-      ce = args.labels != nullptr ? kl : 0.;
+      kl = ids_are_valid(args, row) ? divergence(row, stats) : kNaN;  // 0 of a target of no mass
+      ce = args.labels != nullptr ? kNaN : 0.;
+      loss = kl + ce;
     } else if (state.counts) {
       kl = divergence(row, stats);
       if (args.labels != nullptr) {

@@ -260,6 +260,11 @@ def stage(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MemdecError(f"cannot make the directory {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        if not (path / MANIFEST).exists():
+            raise MemdecError(f"cannot write in {path}: it can only be read")
+        yield _finished_writer(path, request)
+        return
     with open(path / LOCK, "w") as lock:
         _lock(lock, fcntl.LOCK_EX, path)
         writer = _open_writer(path, request)
@@ -314,11 +319,7 @@ def _remove_if_nothing_done(path: Path) -> None:
 
 def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
     if (path / MANIFEST).exists():
-        manifest = _read_json(path / MANIFEST)
-        _refuse_other_request(path, manifest, request)
-        Artefact.open(path, request["kind"])
-        writer = StageWriter(path, {"request": request, "files": manifest["files"], "notes": {}})
-        writer.finished = True
+        writer = _finished_writer(path, request)
         _remove_joined_records(path)  # left by a run killed right after its manifest
         (path / PROGRESS).unlink(missing_ok=True)
         return writer
@@ -334,6 +335,15 @@ def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
         return writer
     writer = StageWriter(path, {"request": request, "files": {}, "notes": {}})
     writer._save_progress()
+    return writer
+
+
+def _finished_writer(path: Path, request: dict[str, Any]) -> StageWriter:
+    manifest = _read_json(path / MANIFEST)
+    _refuse_other_request(path, manifest, request)
+    Artefact.open(path, request["kind"])
+    writer = StageWriter(path, {"request": request, "files": manifest["files"], "notes": {}})
+    writer.finished = True
     return writer
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from memdec.data.corpus import TokenStream
+from memdec.errors import MemdecError
 from memdec.evaluation.forward import LabelScores
 from memdec.modeling.gate import FEATURES, Gate, Told, lmbda_of, posterior
 
@@ -31,9 +32,17 @@ def fit_gate(
     Args:
         base, memory: of the same positions, from the stream's start, with confidence.
         stream: where contexts begin, with `block_size`.
+
+    Raises:
+        MemdecError: neither gives any label a probability above 0.
     """
     told = _told(base, memory, stream, block_size)
     known = np.isfinite(base.log_probs) | np.isfinite(memory.log_probs)  # else no lmbda helps
+    if not known.any():
+        raise MemdecError(
+            f"base and memory both give each of {len(known)} labels the probability 0; "
+            "there is nothing to fit a gate on"
+        )
     features = told.features().flatten(0, 1)[: len(known)][known].float().to(device)
     mean, scale = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)
     inputs = (features - mean) / scale

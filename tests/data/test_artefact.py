@@ -288,3 +288,24 @@ def test_a_kill_at_every_step_changes_nothing_in_the_end(tmp_path):
         write_all(path)
         assert contents(path) == expected, f"killed at step {step}"
     assert step > 20  # so many moments were tried
+
+
+def test_a_directory_that_can_only_be_read(tmp_path, monkeypatch):
+    """A finished stage is, with another request it is refused, and nothing else can begin there."""
+    write_all(tmp_path / "done")
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever the mode says
+    with stage(tmp_path / "done", "example", PARAMS, INPUTS) as writer:
+        assert writer.finished
+    with (
+        pytest.raises(MemdecError, match="k"),
+        stage(tmp_path / "done", "example", {**PARAMS, "k": 4}, INPUTS),
+    ):
+        pass
+    with (
+        pytest.raises(MemdecError, match="can only be read"),
+        stage(tmp_path / "empty", "example", PARAMS, INPUTS),
+    ):
+        pass
+    assert contents(tmp_path) == before

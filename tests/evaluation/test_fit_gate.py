@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from memdec.data.corpus import TokenStream
+from memdec.errors import MemdecError
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence_lmbda, fit_gate, gate_lmbda
 from memdec.evaluation.mixture import best_lmbda, lmbda_curve, mix_log_probs
@@ -30,6 +31,12 @@ def test_confidence_is_the_largest_probability_and_the_entropy():
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[..., 0].double(), log_probs.amax(-1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[..., 1].double(), entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_of_no_probability_fit_no_gate():
+    impossible = LabelScores(np.full(10, -np.inf), np.zeros((10, 2), np.float32))
+    with pytest.raises(MemdecError, match="each of 10 labels the probability 0"):
+        fit_gate(impossible, impossible, stream(10), 10)
 
 
 def test_confidence_does_not_depend_on_the_chunks(monkeypatch):

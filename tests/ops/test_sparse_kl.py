@@ -335,7 +335,7 @@ def test_a_nan_row_keeps_its_padding(device: str, implementation: str) -> None:
 
 
 def test_a_nan_row_without_weight_or_labels(device: str, implementation: str) -> None:
-    """Where the term that is NaN has no weight the loss is NaN all the same; ce is 0 unasked."""
+    """A term without weight that is NaN makes the loss NaN all the same; what is not asked for is 0."""
     logits, _, labels = random_case((2, 65), device)
     logits[0] = math.nan
     nothing = pack([{}, {1: 1.0}], device)
@@ -345,6 +345,10 @@ def test_a_nan_row_without_weight_or_labels(device: str, implementation: str) ->
     unlabelled = sparse_kl_loss(logits, targets, reduction="none")
     assert unlabelled.loss.isnan().tolist() == [True, False]
     assert unlabelled.ce.tolist() == [0.0, 0.0]
+    for empty in (nothing, pack([{1: 0.0}, {1: 1.0}], device)):
+        asked_nothing = sparse_kl_loss(logits, empty, reduction="none")
+        assert asked_nothing.loss[0] == asked_nothing.kl[0] == 0
+        assert sparse_kl_loss(logits, empty, labels[:2], reduction="none").kl[0] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
