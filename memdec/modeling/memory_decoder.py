@@ -337,7 +337,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.base.get_input_embeddings()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses: it would change the base, and leave the memory and the configuration as they are."""
         raise NotImplementedError(
             "base and memory keep their vocabulary: resize the models before from_models"
