@@ -180,7 +180,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             TypeError: an argument of transformers' own method that means nothing here.
         """
         # The auto class leaves most of its own at None or False.
-        if asked := [name for name in kwargs if kwargs[name] and name != "adapter_kwargs"]:
+        given = {name for name, value in kwargs.items() if value and not name.startswith("_")}
+        if asked := given - {"adapter_kwargs"}:
             raise TypeError(
                 "a base and memory are loaded with base, device and dtype, "
                 f"got {', '.join(sorted(asked))}"

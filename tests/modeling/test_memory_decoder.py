@@ -596,6 +596,9 @@ def test_auto_classes_and_pipelines_know_a_saved_pair(saved_base: Path, tmp_path
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", dtype=torch.bfloat16)
     assert isinstance(again, MemoryDecoderForCausalLM)
     assert {again.base.dtype, again.memory.dtype} == {torch.bfloat16}
+    again.config.lmbda = 0.25
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", config=again.config)
+    assert again.config.lmbda == 0.25
     with pytest.raises(TypeError, match="base, device and dtype, got device_map"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map="auto")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pair")
