@@ -19,9 +19,12 @@ def __getattr__(name: str) -> Any:
     if name == "MemoryDecoderForCausalLM":
         return import_module("memdec.modeling").MemoryDecoderForCausalLM
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("memdec")
+        try:
+            return version("memdec")
+        except PackageNotFoundError:  # a source tree that is on the path and not installed
+            return "0+unknown"
     raise AttributeError(f"module 'memdec' has no attribute {name!r}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch  # before memdec._C, so that one OpenMP runtime is loaded: torch's
@@ -11,7 +12,12 @@ from memdec.environment import environment
 _C: ModuleType | None = None
 try:
     _C = importlib.import_module("memdec._C")
-except ImportError as error:  # never fatal: the first op that runs without it says why
+except ModuleNotFoundError:  # never fatal: the first op that runs without it says why
+    # A clone is imported in place of an installed memdec by whoever runs python in its directory.
+    _import_error = (
+        f"no memdec._C in {Path(__file__).parent}, is it a source tree that is not built?"
+    )
+except ImportError as error:
     _import_error = str(error)
 
 _in_use: dict[str, ModuleType | None] = {}

@@ -104,7 +104,7 @@ def parse_setting(text: str) -> tuple[str, str, Any]:
     stage, dot, option = name.partition(".")
     if not (equals and dot and option) or stage not in STAGES:
         raise MemdecError(
-            f"expected --set STAGE.OPTION=VALUE with a stage of {STAGES}, got {text!r}"
+            f"expected --set STAGE.OPTION=VALUE with a stage of {', '.join(STAGES)}, got {text!r}"
         )
     try:
         return stage, option, yaml.safe_load(value)

@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
+import memdec
 from memdec.cli.options import make_command
 
 
@@ -119,6 +121,7 @@ def make_app(chosen: str | None) -> typer.Typer:
         rich_markup_mode=None,  # the framed tables cut long flags off at 80 columns
         pretty_exceptions_enable=False,
     )
+    app.callback()(_options)
     for name, command in COMMANDS.items():
         function = _load(command) if name == chosen else _unchosen
         app.command(name, help=command.help)(function)
@@ -138,6 +141,23 @@ def _load(command: Command):  # type: ignore[no-untyped-def]
     module = importlib.import_module(command.module)
     config = getattr(module, command.config) if command.config else None
     return make_command(config, getattr(module, command.function))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"memdec {memdec.__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """The options that go before a command."""
 
 
 def _unchosen() -> None:

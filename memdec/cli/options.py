@@ -40,15 +40,17 @@ def make_command(config: type[Config] | None, run: Callable[..., object]) -> Cal
     def command(**values: Any) -> None:
         arguments = {"out": values.pop("out")} if writes else {}
         with_config = (lambda: run(config(**values), **arguments)) if config else run
-        raise typer.Exit(run_reporting_errors(with_config))
+        raise typer.Exit(run_reporting_errors(with_config, goes_on=writes))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def run_reporting_errors(run: Callable[[], object]) -> int:
+def run_reporting_errors(run: Callable[[], object], goes_on: bool) -> int:
     """Calls `run` and returns the exit status; an error becomes one line on standard error.
+
+    `goes_on` says whether the command, when it is run again, goes on where Ctrl-C ended it.
 
     ``MEMDEC_DEBUG=1`` lets the error through with its traceback.
     """
@@ -59,12 +61,19 @@ def run_reporting_errors(run: Callable[[], object]) -> int:
     except (MemdecError, OSError) as error:
         if environment.debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(_message(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("stopped; run the same command again to go on")
+        say("stopped; run the same command again to go on" if goes_on else "stopped")
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _message(error: MemdecError | OSError) -> str:
+    """The error's, of the system's errors without the number."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, (str, Path)):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _config_parameters(config: type[Config]) -> list[inspect.Parameter]:

@@ -56,7 +56,10 @@ def pick_device(device: str) -> torch.device:
 
 
 def load_model(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: Dtype = "float32"
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: Dtype | torch.dtype = "float32",
 ) -> PreTrainedModel:
     """Loads a decoder-only model in evaluation mode.
 
@@ -73,6 +76,10 @@ def load_model(
     source, options = _source(name)
     with _quiet_unless_terminal(), _one_line_errors("model", name):
         config = AutoConfig.from_pretrained(source, **options)
+        if config.model_type == "memory_decoder":
+            raise MemdecError(
+                f"{name} is a saved base and memory, expected one model, such as {name}/memory"
+            )
         if not _is_decoder_only(config):
             raise MemdecError(
                 f"{name} is a {config.model_type} model, expected a decoder-only language model"
@@ -86,8 +93,13 @@ def load_model(
     if options:
         _forget_quantisation(model)
     # What the model was asked for by: a directory alone would not name a .gguf file or hub model.
-    model.config.name_or_path = str(Path(name).resolve() if Path(name).exists() else name)
+    model.config.name_or_path = lasting_name(name)
     return model.eval().to(device)
+
+
+def lasting_name(name: str | Path) -> str:
+    """`name` as it means the same model from any working directory: a local path absolute."""
+    return str(Path(name).resolve() if Path(name).exists() else name)
 
 
 def load_shape(name: str | Path) -> PreTrainedModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,10 +45,15 @@ def readable_ids(input_ids: Tensor, model: PreTrainedModel, other: PreTrainedMod
     return torch.where(input_ids < known, input_ids, _padding_id(model, known))
 
 
-@lru_cache
+# A dictionary, since torch.compile warns of functools' caches. A pair fills it when it is made.
+_known_parameters: dict[Callable[..., Any], frozenset[str]] = {}
+
+
 def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
     """A function's arguments; looking them up anew would cost at every token."""
-    return frozenset(inspect.signature(forward).parameters)
+    if forward not in _known_parameters:
+        _known_parameters[forward] = frozenset(inspect.signature(forward).parameters)
+    return _known_parameters[forward]
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:

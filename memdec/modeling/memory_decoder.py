@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Cache,
     GenerationConfig,
     GenerationMixin,
@@ -30,6 +32,7 @@ from memdec.modeling.loading import (
     Dtype,
     compare_tokenizers,
     has_tokenizer,
+    lasting_name,
     load_model,
     load_tokenizer,
     vocabulary_size,
@@ -127,19 +130,24 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             memory_tokenizer: the memory's; compared with `tokenizer` when both are given.
 
         Raises:
-            MemdecError: a name in place of a model, `lmbda` out of range, tokenizers that differ (the
-                message names the first differing tokens), a model without a key-value cache.
+            MemdecError: a name in place of a model or tokenizer, `lmbda` out of range, tokenizers that
+                differ (the message names the first differing tokens), a model without a key-value
+                cache.
         """
         for name, model in (("base", base), ("memory", memory)):
             require(not isinstance(model, (str, Path)), name, "a model that is loaded", model)
+        for name, given in (("tokenizer", tokenizer), ("memory_tokenizer", memory_tokenizer)):
+            # A name has a length too, which would pass for the number of tokens.
+            require(not isinstance(given, (str, Path)), name, "a tokenizer that is loaded", given)
         if not isinstance(lmbda, Gate):
             in_range = isinstance(lmbda, Real) and 0 <= lmbda <= 1
             require(in_range, "lmbda", "in [0, 1] or a Gate", lmbda)
         if tokenizer is not None and memory_tokenizer is not None:
             compare_tokenizers(tokenizer, memory_tokenizer)
+        base_name = base.config.name_or_path
         config = MemoryDecoderConfig(
             lmbda=dataclasses.asdict(lmbda) if isinstance(lmbda, Gate) else float(lmbda),
-            base_name=base.config.name_or_path or None,
+            base_name=lasting_name(base_name) if base_name else None,
             tokenizer_size=None if tokenizer is None else vocabulary_size(tokenizer),
             vocab_size=base.config.get_text_config().vocab_size,
         )
@@ -152,23 +160,37 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         base: str | Path | None = None,
         device: str | torch.device = "cpu",
-        dtype: Dtype = "auto",
+        dtype: Dtype | torch.dtype = "auto",
+        config: MemoryDecoderConfig | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Loads what :meth:`save_pretrained` wrote, and compares the tokenizers that lie there.
+
+        Once `memdec.modeling` is imported, AutoModelForCausalLM does the same.
 
         Args:
             directory: the saved pair.
             base: where the base is now, if it has moved.
             device: of both models, as :func:`memdec.modeling.loading.pick_device` reads it.
             dtype: of both models' weights; ``"auto"`` keeps those of the files.
+            config: in place of the saved one.
+            kwargs: what AutoModelForCausalLM passes on beside that, unless the caller asked for it.
 
         Raises:
             MemdecError: no such directory, no base where it should be, tokenizers that differ.
+            TypeError: an argument of transformers' own method that means nothing here.
         """
+        # The auto class leaves most of its own at None or False.
+        given = {name for name, value in kwargs.items() if value and not name.startswith("_")}
+        if asked := given - {"adapter_kwargs"}:
+            raise TypeError(
+                "a base and memory are loaded with base, device and dtype, "
+                f"got {', '.join(sorted(asked))}"
+            )
         directory = Path(directory)
         if not (directory / MEMORY).is_dir():
             raise MemdecError(f"expected a saved base and memory at {directory}, which is none")
-        config = MemoryDecoderConfig.from_pretrained(directory)
+        config = config or MemoryDecoderConfig.from_pretrained(directory)
         base = base or (directory / BASE if config.base_name is None else config.base_name)
         model = cls.from_models(
             load_model(base, device=device, dtype=dtype),
@@ -187,7 +209,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         """Saves the memory whole and the base by its name or path.
 
         ``directory/memory`` is an ordinary transformers model directory, and so is
-        ``directory/base`` with `save_base`. Further arguments go to the models' own method.
+        ``directory/base`` with `save_base`. The tokenizer lies beside each and in `directory`.
+        Further arguments go to the models' own method.
 
         Raises:
             ValueError: the base has no name, and `save_base` is not set.
@@ -206,11 +229,13 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
                 self.tokenizer.save_pretrained(directory / name)
         config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor | None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: MemoryDecoderCache | None = None,
@@ -314,6 +339,12 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.base.get_input_embeddings()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: it would change the base, and leave the memory and the configuration as they are."""
+        raise NotImplementedError(
+            "base and memory keep their vocabulary: resize the models before from_models"
+        )
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The base's, which knows its own extra inputs."""
         return self.base.prepare_inputs_for_generation(*args, **kwargs)
@@ -349,3 +380,8 @@ def _paired(base: Cache | None, memory: Cache | None) -> MemoryDecoderCache | No
 
 def _tokenizer_of(name: str | Path) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(name) if has_tokenizer(name) else None
+
+
+# So that AutoModelForCausalLM loads a saved pair, and pipelines know that one generates text.
+AutoConfig.register(MemoryDecoderConfig.model_type, MemoryDecoderConfig)
+AutoModelForCausalLM.register(MemoryDecoderConfig, MemoryDecoderForCausalLM)

@@ -81,7 +81,7 @@ def check_int(name: str, value: int) -> None:
 def check_number(name: str, value: float) -> None:
     """An int or a float."""
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int or a float, got {type(value).__name__}")
 
 
 def check_fraction(name: str, value: float) -> None:

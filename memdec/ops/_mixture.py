@@ -67,6 +67,8 @@ def check_mixture(
         _check_lmbda(lmbda, base_logits)
         lmbda_rows = lmbda
         lmbda = 0.0
+    elif not isinstance(lmbda, (int, float)):
+        raise TypeError(f"lmbda must be an int, a float or a tensor, got {type(lmbda).__name__}")
     else:
         _checks.check_fraction("lmbda", lmbda)
     memory_temperature = _checks.check_temperature("memory_temperature", memory_temperature)

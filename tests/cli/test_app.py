@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+import memdec
 from memdec.cli import COMMANDS, make_app
 
 
@@ -41,6 +43,20 @@ def test_each_command_has_a_flag_for_each_field(name):
 def test_no_arguments_show_the_help():
     result = CliRunner().invoke(make_app(None), [])
     assert "Usage: memdec" in result.output
+
+
+def test_version():
+    result = CliRunner().invoke(make_app("--version"), ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"memdec {memdec.__version__}\n"
+
+
+def test_version_of_a_source_tree_that_is_not_installed(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert memdec.__version__ == "0+unknown"
 
 
 def test_an_unknown_command_is_refused():

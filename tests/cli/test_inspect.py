@@ -279,7 +279,7 @@ def test_bad_texts_are_refused(inspect, tmp_path, content, message):
     assert message in result.stderr
     missing, _ = inspect("--file", tmp_path / "none", text=None)
     assert missing.exit_code == 1
-    assert "No such file" in missing.stderr
+    assert missing.stderr == f"error: {tmp_path / 'none'}: No such file or directory\n"
 
 
 def test_logits_that_are_no_numbers_are_refused(inspect, memdec, tiny, tmp_path):

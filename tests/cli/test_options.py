@@ -123,7 +123,10 @@ def test_a_defect_is_not_hidden():
 
 
 def test_an_interrupt_says_how_to_go_on():
-    result = invoke(fail(KeyboardInterrupt()), "--corpus", "docs")
+    def stage(config, out):
+        raise KeyboardInterrupt
+
+    result = invoke(stage, "--corpus", "docs", "--out", "out")
     assert result.exit_code == 130
     assert result.stderr == "stopped; run the same command again to go on\n"
 
@@ -139,3 +142,8 @@ def test_an_interrupt_says_how_to_go_on():
 def test_what_is_no_number_is_named(name, value, expected):
     with pytest.raises(MemdecError, match=f"{name} must be {expected}, got "):
         ExampleConfig(**{"corpus": "c", name: value})
+
+
+def test_an_interrupt_of_what_leaves_nothing_promises_nothing():
+    result = invoke(fail(KeyboardInterrupt()), "--corpus", "docs")
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")

@@ -120,5 +120,7 @@ def test_a_missing_recipe_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["epochs=3", "train.epochs", "trian.epochs=3", "=3"])
 def test_a_bad_setting_is_refused(text):
-    with pytest.raises(MemdecError, match=r"expected --set STAGE.OPTION=VALUE"):
+    with pytest.raises(
+        MemdecError, match=r"expected --set STAGE.OPTION=VALUE with a stage of prepare, "
+    ):
         BuildConfig(base="b", set=(text,)).to_recipe()

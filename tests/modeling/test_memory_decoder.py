@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     CLIPVisionConfig,
     DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     StaticCache,
+    pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from memdec import MemoryDecoderForCausalLM
 from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE, MemoryDecoderCache
+from memdec.modeling.loading import load_model
 
 LMBDA = 0.4
 # (base, memory): absolute and rotary positions, sliding windows of 5 in either, no positions at all
@@ -212,6 +217,15 @@ def test_ids_beyond_the_memorys_embedding_are_fed_as_padding(special: dict, expe
     torch.testing.assert_close(
         model(ids).logits[..., :40], expected_log_probs, rtol=1e-5, atol=1e-5
     )
+
+
+def test_compiles_as_one_graph_without_a_warning() -> None:
+    model, ids = pair("Llama", "Bloom"), prompt()
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo")
+        result = compiled(ids).logits
+    torch.testing.assert_close(result, model(ids).logits)
 
 
 # ---- generation ----
@@ -504,7 +518,7 @@ def test_unknown_generation_argument_is_refused() -> None:
 def test_embeddings_instead_of_ids_are_refused() -> None:
     model = pair()
     with pytest.raises(ValueError, match="input_ids are needed"):
-        model(None, inputs_embeds=torch.zeros(1, 2, 32))
+        model(inputs_embeds=torch.zeros(1, 2, 32))
 
 
 # ---- making, saving, loading ----
@@ -513,6 +527,19 @@ def test_embeddings_instead_of_ids_are_refused() -> None:
 def test_a_name_in_place_of_a_model_is_refused() -> None:
     with pytest.raises(MemdecError, match="base must be a model that is loaded, got 'gpt2'"):
         MemoryDecoderForCausalLM.from_models("gpt2", tiny_model("GPT2"), lmbda=0.5)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "memory_tokenizer"])
+def test_a_name_in_place_of_a_tokenizer_is_refused(name: str) -> None:
+    with pytest.raises(MemdecError, match=f"{name} must be a tokenizer that is loaded, got 'gpt2'"):
+        pair(**{name: "gpt2"})
+
+
+def test_resizing_is_refused_before_it_changes_the_base() -> None:
+    model = pair()
+    with pytest.raises(NotImplementedError, match="before from_models"):
+        model.resize_token_embeddings(10)
+    assert model.base.get_input_embeddings().weight.shape[0] == VOCABULARY
 
 
 @pytest.mark.parametrize("lmbda", [-0.1, 1.1, math.nan])
@@ -561,6 +588,34 @@ def test_saved_pair_loads_equal(saved_base: Path, tmp_path: Path, save_base: boo
     assert generate(again, ids).tolist() == generate(model, ids).tolist()
 
 
+def test_auto_classes_and_pipelines_know_a_saved_pair(saved_base: Path, tmp_path: Path) -> None:
+    model, ids = joint_of(saved_base), prompt() % 50
+    model.save_pretrained(tmp_path / "pair")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", dtype=torch.bfloat16)
+    assert isinstance(again, MemoryDecoderForCausalLM)
+    assert {again.base.dtype, again.memory.dtype} == {torch.bfloat16}
+    again.config.lmbda = 0.25
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", config=again.config)
+    assert again.config.lmbda == 0.25
+    with pytest.raises(TypeError, match="base, device and dtype, got device_map"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pair")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    write = pipeline("text-generation", model=str(tmp_path / "pair"))
+    [result] = write("w5 w9 w12", return_tensors=True, **options)
+    ids = tokenizer("w5 w9 w12", return_tensors="pt").input_ids
+    assert result["generated_token_ids"] == model.generate(ids, **options)[0].tolist()
+
+
+def test_pipelines_take_a_pair_without_complaint(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pipeline("text-generation", model=pair(), tokenizer=tiny_tokenizer())
+    assert "not supported" not in caplog.text
+
+
 def test_saved_memory_is_an_ordinary_model_directory(saved_base: Path, tmp_path: Path) -> None:
     model = joint_of(saved_base)
     model.save_pretrained(tmp_path / "pair")
@@ -578,6 +633,17 @@ def test_base_without_a_name_must_be_saved_too(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "pair", save_base=True)
     again = MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair")
     torch.testing.assert_close(again(prompt()).logits, model(prompt()).logits, rtol=0, atol=0)
+
+
+def test_base_by_a_relative_path_is_found_from_elsewhere(
+    saved_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved_base.parent)
+    joint_of(Path(saved_base.name)).save_pretrained("pair")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair")
+    assert again.config.base_name == str(saved_base)
 
 
 def test_base_that_has_moved(saved_base: Path, tmp_path: Path) -> None:
@@ -603,3 +669,9 @@ def test_loading_compares_the_tokenizers_that_lie_there(saved_base: Path, tmp_pa
 def test_a_directory_without_a_pair_is_refused(saved_base: Path) -> None:
     with pytest.raises(MemdecError, match="expected a saved base and memory"):
         MemoryDecoderForCausalLM.from_pretrained(saved_base)
+
+
+def test_a_pair_in_place_of_one_model_is_refused(saved_base: Path, tmp_path: Path) -> None:
+    joint_of(saved_base).save_pretrained(tmp_path / "pair")
+    with pytest.raises(MemdecError, match="is a saved base and memory, expected one model"):
+        load_model(tmp_path / "pair")

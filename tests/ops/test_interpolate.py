@@ -562,7 +562,8 @@ LOGITS = torch.zeros(3, 8)
         (ValueError, "memory_logits must be on cpu", (LOGITS, LOGITS.to("meta"), 0.5)),
         (ValueError, "lmbda must be from 0 to 1, got 1.5", (LOGITS, LOGITS, 1.5)),
         (ValueError, "lmbda must be from 0 to 1, got nan", (LOGITS, LOGITS, math.nan)),
-        (TypeError, "lmbda must be a number", (LOGITS, LOGITS, "half")),
+        (TypeError, "lmbda must be an int, a float or a tensor, got str", (LOGITS, LOGITS, "half")),
+        (TypeError, "lmbda must be an int, a float or a tensor, got list", (LOGITS, LOGITS, [0.5])),
         (TypeError, "floating-point", (LOGITS, LOGITS, torch.tensor(1))),
         (ValueError, "lmbda must broadcast", (LOGITS, LOGITS, torch.zeros(2))),
         (ValueError, "lmbda must broadcast", (LOGITS, LOGITS, torch.zeros(3, 1))),
@@ -579,7 +580,7 @@ def test_bad_arguments_are_named(error: type[Exception], message: str, arguments
     [
         (ValueError, "memory_temperature must be above 0", {"memory_temperature": 0.0}),
         (ValueError, "memory_temperature must be above 0", {"memory_temperature": math.inf}),
-        (TypeError, "memory_temperature must be a number", {"memory_temperature": None}),
+        (TypeError, "memory_temperature must be an int or a float", {"memory_temperature": None}),
         (ValueError, "vocab_size must be from 1 to 8", {"vocab_size": 9}),
         (ValueError, "vocab_size must be from 1 to 8", {"vocab_size": 0}),
         (TypeError, "vocab_size must be an int", {"vocab_size": 4.0}),

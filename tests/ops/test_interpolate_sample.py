@@ -318,8 +318,12 @@ def test_no_rows(device: str, implementation: str) -> None:
     [
         ({"temperature": -1.0}, ValueError, "temperature must be above 0 and finite, got -1"),
         ({"temperature": math.nan}, ValueError, "temperature must be above 0"),
-        ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
-        ({"temperature": torch.zeros(())}, TypeError, "temperature must be a number, got Tensor"),
+        ({"temperature": "hot"}, TypeError, "temperature must be an int or a float, got str"),
+        (
+            {"temperature": torch.zeros(())},
+            TypeError,
+            "temperature must be an int or a float, got Tensor",
+        ),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
         ({"top_p": 0.0}, ValueError, "top_p must be above 0"),

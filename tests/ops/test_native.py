@@ -1,6 +1,7 @@
 """Where the kernels come from, what is said when there are none, and what an import costs."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -117,3 +118,21 @@ def run_python(code: str) -> str:
         [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True
     )
     return result.stdout.strip()
+
+
+def test_a_source_tree_without_kernels_is_named(tmp_path):
+    shutil.copytree(
+        Path(_native.__file__).parent,
+        tmp_path / "memdec",
+        ignore=shutil.ignore_patterns("_C*", "__pycache__"),
+    )
+    code = "from memdec import _native; print(_native.why_missing('cpu'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith(f"no memdec._C in {tmp_path / 'memdec'}, is it a source tree")
