@@ -57,14 +57,14 @@ class Config:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-                raise MemdecError(f"{cls.__name__} has no option {key!r}{hint}")
+                raise MemdecError(f"there is no option {key!r}{hint}")
         required = [
             field.name
             for field in dataclasses.fields(cls)
             if field.default is dataclasses.MISSING and field.name not in values
         ]
         if required:
-            raise MemdecError(f"{cls.__name__} needs {', '.join(map(repr, required))}")
+            raise MemdecError(f"missing: {', '.join(map(repr, required))}")
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
