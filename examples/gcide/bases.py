@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import held_out, memory_setting, part_parser, write_part
-from scores import perplexity
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
+from lab.scores import perplexity
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from memdec.console import say
+from memdec.evaluation.forward import label_scores
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.key_layer import find_blocks
 from memdec.modeling.loading import load_model
@@ -103,7 +103,7 @@ def round_weights(model: PreTrainedModel, bits: int, group: int) -> PreTrainedMo
 def _log_probs(experiment: Experiment, model: PreTrainedModel) -> ByText:
     texts = {name: experiment.texts[name] for name in ("validation", "test")}
     return {
-        name: held_out(experiment, model, text.stream, text.positions)
+        name: label_scores(model, text.stream, positions=text.positions, **experiment.how).log_probs
         for name, text in texts.items()
     }
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import memory_setting, part_parser, write_part
-from questions import OPTIONS, TASKS, Question, make_questions
-from scores import documents
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
+from lab.questions import OPTIONS, TASKS, Question, make_questions
+from lab.texts import documents
 from transformers import PreTrainedModel
 
 from memdec.console import Progress, say

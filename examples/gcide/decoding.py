@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import memory_setting, part_parser, write_part
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, StaticCache
 

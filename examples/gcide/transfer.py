@@ -21,17 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import held_out, memory_setting, part_parser, write_part
-from prepared import write_prepared
-from sampled import extend_with_samples
-from scores import documents
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
+from lab.sampled import extend_with_samples
+from lab.texts import documents, write_prepared
 from transformers import AutoModelForCausalLM
 
 from memdec.console import say
 from memdec.data.artefact import fingerprint, stage
 from memdec.data.corpus import KIND, TokenCorpus, separator_id
+from memdec.evaluation.forward import label_scores
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import (
     load_model,
@@ -195,7 +194,8 @@ def _row(experiment: Experiment, name: str, path: str, corpus: TokenCorpus) -> d
 
 def _log_probs(experiment: Experiment, path: str, corpus: TokenCorpus, split: str) -> np.ndarray:
     model = load_model(path, device=experiment.device)
-    return held_out(experiment, model, corpus.split(split))
+    how = {**experiment.how, "vocab_size": corpus.vocab_size}
+    return label_scores(model, corpus.split(split), **how).log_probs
 
 
 def _texts(corpus: TokenCorpus) -> Texts:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from blended import Ensemble, blended_rows
-from residual import residual_targets
-from retrieval import Pieces, retrieve
-from sampled import extend_with_samples
-from scores import ScoreFile, Text
 from transformers import PreTrainedModel
 
+from lab.blended import Ensemble, blended_rows
+from lab.residual import residual_targets
+from lab.retrieval import Pieces, retrieve
+from lab.sampled import extend_with_samples
+from lab.scores import ScoreFile
+from lab.texts import Text
 from memdec.data.calibration import choose, teacher_forced
 from memdec.data.corpus import TokenCorpus
 from memdec.data.datastore import Datastore, DatastoreConfig, datastore
@@ -136,7 +137,7 @@ class Experiment:
 
     def lora(self, setting: Mapping[str, Any]) -> tuple[str, int]:
         """The base with a row's adapter merged into it, and the adapter's number of parameters."""
-        from lora import lora  # needs peft
+        from lab.lora import lora  # needs peft
 
         out = self.folder(setting)
         parameters = lora(self._adapt_config(setting["train"]), out, setting["adapter"])

@@ -1,42 +1,20 @@
-"""The held-out texts, what models say of each of their tokens, kept from run to run, and perplexity."""
+"""What models say of each token of the held-out texts, kept from run to run, and perplexity."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memdec.data.corpus import TokenStream
+from lab.texts import Text
 from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
 from memdec.evaluation.forward import LabelScores
 
 SAMPLES = 1000  # of the bootstrap
-
-
-@dataclass(frozen=True)
-class Text:
-    """A held-out text: `positions` of a stream from its start."""
-
-    stream: TokenStream
-    positions: int
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.stream.read(1, self.positions + 1)
-
-    def head(self, positions: int) -> Text:
-        return Text(self.stream, min(positions, self.positions))
-
-
-def documents(stream: TokenStream) -> list[np.ndarray]:
-    """The tokens of each document, without separators."""
-    ends = np.append(stream.documents[1:] - 1, len(stream) - 1)
-    return [stream.read(*bounds) for bounds in zip(stream.documents, ends, strict=True)]
 
 
 def perplexity(log_probs: np.ndarray, text: Text, block_size: int) -> dict[str, Any]:

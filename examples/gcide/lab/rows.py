@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiment import Experiment
-from retrieval import score_retrieved
-from scores import documents, perplexity
 
+from lab.experiment import Experiment
+from lab.retrieval import score_retrieved
+from lab.scores import perplexity
+from lab.texts import documents
 from memdec.data.targets import SEARCHED
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence_lmbda, fit_gate, gate_lmbda
