@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from lab.command import memory_setting, open_experiment, part_parser, write_part
 from lab.experiment import Experiment
+from lab.memories import trained_memory
 from lab.scores import perplexity
+from lab.tuning import adapted
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +37,7 @@ ByText = dict[str, np.ndarray]  # log p(label) on validation and test
 def main(arguments: Sequence[str] | None = None) -> None:
     options = part_parser(__doc__.splitlines()[0]).parse_args(arguments)
     experiment = open_experiment(options)
-    path = experiment.memory(memory_setting(experiment, options.memory))
+    path = trained_memory(experiment, memory_setting(experiment, options.memory))
     memory = _log_probs(experiment, load_model(path, device=experiment.device))
     block_size, test = experiment.settings["block_size"], experiment.texts["test"]
     rows = []
@@ -72,7 +74,7 @@ def variants(experiment: Experiment) -> Iterator[tuple[str, Callable[[], PreTrai
 
     total = load_model(experiment.base).config.get_text_config().num_hidden_layers
     yield "base", base
-    yield "adapted copy", lambda: load_model(experiment.adapted(), device=experiment.device)
+    yield "adapted copy", lambda: load_model(adapted(experiment), device=experiment.device)
     for layers in (total * 5 // 6, total * 2 // 3):  # 25 and 20 of 30
         yield f"{layers} of {total} layers", lambda layers=layers: short(layers)
     yield "bfloat16", lambda: base("bfloat16")

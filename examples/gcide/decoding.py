@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from lab.command import memory_setting, open_experiment, part_parser, write_part
 from lab.experiment import Experiment
+from lab.memories import trained_memory
+from lab.neighbours import k_of, open_datastore
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, StaticCache
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.shapes:
         name, made = "decoding of other shapes", _shapes(experiment, lengths)
     else:
-        memory = experiment.memory(memory_setting(experiment, options.memory))
+        memory = trained_memory(experiment, memory_setting(experiment, options.memory))
         name, made = "decoding", _real(experiment, memory, lengths)
     part: dict[str, Any] = {"lengths": vars(lengths), "dtype": "bfloat16", "rows": []}
     for row in made:  # written one by one: what was timed stays if a later contender fails
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterator[dict[str, Any]]:
     """The experiment's base and memory, and a kNN-LM on the base's keys, as the paper's is."""
-    store = experiment.datastore("base")
+    store = open_datastore(experiment, "base")
     base, memory = (
         load_model(path, device=experiment.device, dtype="bfloat16")
         for path in (experiment.base, memory_path)
@@ -93,7 +95,7 @@ def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterato
         ("generate", "base and memory", generating(pair)),
         ("loop", "base", looping(base)),
         ("loop", "base and memory", looping(pair)),
-        ("loop", "kNN-LM", NeighbourLoop(base, store, experiment.neighbours("base"))),
+        ("loop", "kNN-LM", NeighbourLoop(base, store, k_of(store))),
         ("graph", "base", StaticLoop([base], width)),
         ("graph", "base and memory", StaticLoop([base, memory], width)),
     ]

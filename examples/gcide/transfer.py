@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from lab.command import memory_setting, open_experiment, part_parser, write_part
 from lab.experiment import Experiment
+from lab.memories import tokens_of, trained_memory
 from lab.sampled import extend_with_samples
 from lab.texts import documents, write_prepared
+from lab.tuning import tuned
 from transformers import AutoModelForCausalLM
 
 from memdec.console import say
@@ -38,7 +40,6 @@ from memdec.modeling.loading import (
     tokenizer_fingerprint,
 )
 from memdec.modeling.vocabulary import transfer_vocabulary
-from memdec.training.adapt import AdaptConfig, adapt
 
 HELD_OUT = ("validation", "test")
 
@@ -60,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options.parse_args(arguments)
     experiment = open_experiment(options)
     setting = memory_setting(experiment, options.memory)
-    memory = experiment.memory(setting)
+    memory = trained_memory(experiment, setting)
     folder = experiment.work / "transfer"
-    learnt = TokenCorpus.open(experiment.tokens_of(setting["targets"]))
+    learnt = TokenCorpus.open(tokens_of(experiment, setting["targets"]))
     epochs = setting["train"]["epochs"]
     seen = epochs * learnt.split("train").positions
     texts = _texts(experiment.corpus) | {
@@ -115,10 +116,8 @@ def move(source: str, rows: str, tokenizer: str, out: Path) -> str:
 
 def train(experiment: Experiment, start: str, tokens: Path, rate: float, out: Path) -> str:
     """One epoch of cross-entropy on the train split of `tokens`."""
-    options = {**experiment.settings["adapt"], "epochs": 1, "learning_rate": rate}
-    options |= {"compile": False, "block_size": experiment.settings["block_size"]}
-    adapt(AdaptConfig(model=start, tokens=tokens, device=experiment.device, **options), out)
-    return str(out / "model")
+    once = {"epochs": 1, "learning_rate": rate, "compile": False}
+    return tuned(experiment, out, model=start, tokens=tokens, **once)
 
 
 def write_tokens(texts: Texts, tokenizer: str, out: Path) -> Path:

@@ -66,7 +66,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def _few_neighbours(gcide: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("lab.experiment"), "KNN_K", 64)
+        patch.setattr(importlib.import_module("lab.neighbours"), "KNN_K", 64)
         yield
 
 
