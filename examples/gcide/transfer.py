@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from lab.command import memory_setting, open_experiment, part_parser, write_part
-from lab.experiment import Experiment
+from lab.experiment import Experiment, model_directory
 from lab.memories import tokens_of, trained_memory
 from lab.sampled import extend_with_samples
 from lab.texts import documents, write_prepared
 from lab.tuning import tuned
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memdec.console import say
 from memdec.data.artefact import fingerprint, stage
@@ -66,9 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learnt = TokenCorpus.open(tokens_of(experiment, setting["targets"]))
     epochs = setting["train"]["epochs"]
     seen = epochs * learnt.split("train").positions
-    texts = _texts(experiment.corpus) | {
-        "train": _some(_split_texts(learnt, "train"), options.share * epochs)
-    }
+    texts = {name: _split_texts(experiment.corpus, name) for name in HELD_OUT}
+    texts["train"] = _some(_split_texts(learnt, "train"), options.share * epochs)
     tokens = write_tokens(texts, options.tokenizer, folder / "tokens")
     rate = setting["train"]["learning_rate"]
 
@@ -98,20 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def move(source: str, rows: str, tokenizer: str, out: Path) -> str:
     """A model directory of the other tokenizer; rows "nothing kept": random weights throughout."""
-    if out.is_dir():
-        return str(out)
-    model = load_model(source)
-    if rows == "nothing kept":
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-        rows = "random"
-    target = load_tokenizer(tokenizer)
-    moved = transfer_vocabulary(model, load_tokenizer(source), target, rows)
-    temporary = out.with_suffix(".tmp")
-    moved.save_pretrained(temporary)
-    target.save_pretrained(temporary)
-    temporary.rename(out)
-    return str(out)
+
+    def moved() -> tuple[PreTrainedModel, Any]:
+        model, target = load_model(source), load_tokenizer(tokenizer)
+        kept = rows
+        if rows == "nothing kept":
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+            kept = "random"
+        return transfer_vocabulary(model, load_tokenizer(source), target, kept), target
+
+    return model_directory(out, moved)
 
 
 def train(experiment: Experiment, start: str, tokens: Path, rate: float, out: Path) -> str:
@@ -195,10 +191,6 @@ def _log_probs(experiment: Experiment, path: str, corpus: TokenCorpus, split: st
     model = load_model(path, device=experiment.device)
     how = {**experiment.how, "vocab_size": corpus.vocab_size}
     return label_scores(model, corpus.split(split), **how).log_probs
-
-
-def _texts(corpus: TokenCorpus) -> Texts:
-    return {name: _split_texts(corpus, name) for name in HELD_OUT}
 
 
 def _split_texts(corpus: TokenCorpus, split: str) -> list[str]:

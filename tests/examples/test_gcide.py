@@ -17,7 +17,6 @@ import yaml
 
 from memdec.data.artefact import stage
 from memdec.data.corpus import KIND, SPLITS, TokenCorpus
-from memdec.data.sources import Top
 from memdec.errors import MemdecError
 from memdec.evaluation.forward import LabelScores
 from memdec.modeling.loading import load_model, model_fingerprint
@@ -230,7 +229,7 @@ def test_a_blend_is_the_weighed_sum_where_there_are_neighbours() -> None:
     inside = near > 0
     indptr = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
     rows = SparseTargets(indptr, inside.nonzero()[:, 1].int(), near[inside])
-    found = blend(Top(0, 3, values.log(), tokens, {}), rows, 0.2, None)
+    found = blend(values.log(), tokens, rows, 0.2)
     wanted = taught.clone()
     wanted[0] = 0.8 * taught[0] + 0.2 * near[0]
     torch.testing.assert_close(found.to_dense(4), wanted)

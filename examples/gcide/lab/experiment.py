@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lab.texts import Text
 from memdec.data.corpus import TokenCorpus
@@ -60,7 +61,11 @@ class Experiment:
         self.seed = seed
         self.device = str(pick_device(device))
         self.corpus = TokenCorpus.open(tokens)
-        self.base = self._as_directory(base)
+        self.base = base
+        if base.endswith(".gguf"):  # as a directory it loads in a second instead of twenty
+            self.base = model_directory(
+                work / "base", lambda: (load_model(base), load_tokenizer(base))
+            )
         self.how = {
             "block_size": settings["block_size"],
             "batch_blocks": SCORING_BLOCKS,
@@ -129,22 +134,20 @@ class Experiment:
         curve: list[dict[str, float]] = json.loads((self.work / folder / "curve.json").read_text())
         return curve
 
-    def _as_directory(self, base: str) -> str:
-        """A .gguf file as a model directory, which loads in a second instead of twenty."""
-        if not base.endswith(".gguf"):
-            return base
-        target = self.shared / "base"
-        if not target.is_dir():
-            temporary = target.with_suffix(f".{os.getpid()}.tmp")
-            load_model(base).save_pretrained(temporary)
-            load_tokenizer(base).save_pretrained(temporary)
-            if not target.is_dir():  # another seed's run may have been faster
-                temporary.rename(target)
-        return str(target)
+
+def model_directory(out: Path, make: Callable[[], tuple[PreTrainedModel, Any]]) -> str:
+    """A model and its tokenizer where they are missing, whole or not at all."""
+    if not out.is_dir():
+        temporary = out.with_suffix(f".{os.getpid()}.tmp")
+        for part in make():
+            part.save_pretrained(temporary)
+        if not out.is_dir():  # another seed's run may have been faster
+            temporary.rename(out)
+    return str(out)
 
 
 def file_name(name: str) -> str:
-    """Of what settings call so."""
+    """A name of the settings as part of a file's."""
     return re.sub(r"\W+", "-", name.strip().lower())
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from lab.blended import blended_rows
-from lab.experiment import Experiment
+from lab.experiment import Experiment, model_directory
 from lab.neighbours import open_datastore
 from lab.residual import residual_targets
 from lab.sampled import extend_with_samples
@@ -48,13 +50,11 @@ def trained_memory(experiment: Experiment, setting: Mapping[str, Any]) -> str:
 def _chosen_layers(experiment: Experiment, setting: Mapping[str, Any]) -> str:
     """A model directory with the layers that a row lists."""
     source = model_named(experiment, setting.get("init", "adapted"))
-    target = experiment.folder(setting, "init")
-    if not target.is_dir():
-        temporary = target.with_suffix(".tmp")
-        keep_layers(load_model(source), setting["layers"]).save_pretrained(temporary)
-        experiment.corpus.tokenizer().save_pretrained(temporary)
-        temporary.rename(target)
-    return str(target)
+
+    def chosen() -> tuple[PreTrainedModel, Any]:
+        return keep_layers(load_model(source), setting["layers"]), experiment.corpus.tokenizer()
+
+    return model_directory(experiment.folder(setting, "init"), chosen)
 
 
 def tokens_of(experiment: Experiment, name: str) -> Path:
@@ -108,9 +108,13 @@ def _blended(experiment: Experiment, name: str, tokens: Path, options: dict[str,
         near = TargetStore.open(targets_of(experiment, options.pop("neighbours")))
         lmbda = near.artefact.manifest["calibration"]["lmbda"]
     corpus = TokenCorpus.open(tokens)
-    out = experiment.work / f"rows-{name}"
-    more = {"lmbda": lmbda, "device": experiment.device, "options": options}
-    return experiment.once(out, lambda: blended_rows(teachers, corpus, near, out, **more))
+    out, device = experiment.work / f"rows-{name}", experiment.device
+    return experiment.once(
+        out,
+        lambda: blended_rows(
+            teachers, corpus, near, out, lmbda=lmbda, device=device, options=options
+        ),
+    )
 
 
 def seconds_before(experiment: Experiment, setting: Mapping[str, Any]) -> dict[str, float]:

@@ -133,11 +133,8 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
 
 def knn_row(experiment: Experiment, setting: Setting) -> Row:
     """Neighbours mixed with the base, or with the adapted model; gated by the evidence alone."""
-    keys = setting["keys"]
-    keys_model = model_named(experiment, keys)
-    beside = _label_scores(
-        score(experiment, setting["beside"], model_named(experiment, setting["beside"]))
-    )
+    keys, partner = setting["keys"], setting["beside"]
+    beside = _label_scores(score(experiment, partner, model_named(experiment, partner)))
     base = _label_scores(score(experiment, "base", experiment.base))
     chosen = weigh_neighbours(experiment, keys, beside["validation"], CALIBRATION)
     temperature = float(chosen["temperature"])
@@ -150,11 +147,11 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
         for name, text in experiment.texts.items()
     }
     gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}
-    needs_teacher = "adapted" in (keys, setting["beside"])
+    needs_teacher = "adapted" in (keys, partner)
     folders = [f"datastore-{keys}", *(["adapt"] if needs_teacher else [])]
     return {
         "stage_seconds": {folder: experiment.seconds(folder) for folder in folders},
-        "parameters": load_shape(keys_model).num_parameters() if needs_teacher else 0,
+        "parameters": load_shape(adapted(experiment)).num_parameters() if needs_teacher else 0,
         "key_bytes": _key_bytes(experiment),
         "lmbda": lmbda,
         "temperature": temperature,
@@ -180,7 +177,8 @@ def _model_row(
 ) -> Row:
     """A model, or several's mean, alone, beside the base at the best lmbda, and at the gate's."""
     base = score(experiment, "base", experiment.base)
-    scores = score(experiment, _scores_name(setting), *models)
+    name = "adapted" if setting["kind"] == "adapted" else setting["name"]
+    scores = score(experiment, name, *models)
     alone, labels = _label_scores(scores), _label_scores(base)
     lmbda, _ = best_lmbda(labels["validation"], alone["validation"])
     block_size = experiment.how["block_size"]
@@ -205,10 +203,6 @@ def _model_row(
 
 def _label_scores(scores: Mapping[str, LabelScores]) -> ByText:
     return {name: one.log_probs for name, one in scores.items()}
-
-
-def _scores_name(setting: Setting) -> str:
-    return "adapted" if setting["kind"] == "adapted" else setting["name"]
 
 
 def _perplexities(experiment: Experiment, log_probs: ByText) -> dict[str, Any]:
