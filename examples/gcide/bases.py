@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import held_out, memory_setting, part_parser, write_part
-from scores import perplexity
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
+from lab.memories import trained_memory
+from lab.scores import perplexity
+from lab.tuning import adapted
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from memdec.console import say
+from memdec.evaluation.forward import label_scores
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.key_layer import find_blocks
 from memdec.modeling.loading import load_model
@@ -35,7 +37,7 @@ ByText = dict[str, np.ndarray]  # log p(label) on validation and test
 def main(arguments: Sequence[str] | None = None) -> None:
     options = part_parser(__doc__.splitlines()[0]).parse_args(arguments)
     experiment = open_experiment(options)
-    path = experiment.memory(memory_setting(experiment, options.memory))
+    path = trained_memory(experiment, memory_setting(experiment, options.memory))
     memory = _log_probs(experiment, load_model(path, device=experiment.device))
     block_size, test = experiment.settings["block_size"], experiment.texts["test"]
     rows = []
@@ -72,7 +74,7 @@ def variants(experiment: Experiment) -> Iterator[tuple[str, Callable[[], PreTrai
 
     total = load_model(experiment.base).config.get_text_config().num_hidden_layers
     yield "base", base
-    yield "adapted copy", lambda: load_model(experiment.adapted(), device=experiment.device)
+    yield "adapted copy", lambda: load_model(adapted(experiment), device=experiment.device)
     for layers in (total * 5 // 6, total * 2 // 3):  # 25 and 20 of 30
         yield f"{layers} of {total} layers", lambda layers=layers: short(layers)
     yield "bfloat16", lambda: base("bfloat16")
@@ -103,7 +105,7 @@ def round_weights(model: PreTrainedModel, bits: int, group: int) -> PreTrainedMo
 def _log_probs(experiment: Experiment, model: PreTrainedModel) -> ByText:
     texts = {name: experiment.texts[name] for name in ("validation", "test")}
     return {
-        name: held_out(experiment, model, text.stream, text.positions)
+        name: label_scores(model, text.stream, positions=text.positions, **experiment.how).log_probs
         for name, text in texts.items()
     }
 

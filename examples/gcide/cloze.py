@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import memory_setting, part_parser, write_part
-from questions import OPTIONS, TASKS, Question, make_questions
-from scores import documents
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
+from lab.memories import trained_memory
+from lab.neighbours import k_of, open_datastore, query_model, weigh_neighbours
+from lab.questions import OPTIONS, TASKS, Question, make_questions
+from lab.scores import score
+from lab.texts import documents
+from lab.tuning import adapted
 from transformers import PreTrainedModel
 
 from memdec.console import Progress, say
@@ -183,10 +186,10 @@ def _answers(
     """Log p(label) by model, [rows, length]; every lmbda is the best on validation."""
     paths = {
         "base": ("base", experiment.base),
-        "DAPT": ("adapted", experiment.adapted()),
-        "memory": (setting["name"], experiment.memory(setting)),
+        "DAPT": ("adapted", adapted(experiment)),
+        "memory": (setting["name"], trained_memory(experiment, setting)),
     }
-    fitted_on = {name: experiment.scores(*path)["validation"] for name, path in paths.items()}
+    fitted_on = {name: score(experiment, *path)["validation"] for name, path in paths.items()}
     found = {}
     for name, (_, path) in paths.items():
         model = load_model(path, device=experiment.device)
@@ -223,12 +226,13 @@ def _beside_neighbours(
     experiment: Experiment, validation: np.ndarray, base: np.ndarray, sequences: Sequences
 ) -> np.ndarray:
     """The base mixed with neighbours by the adapted teacher's keys, [rows * length]."""
-    chosen = experiment.weigh_neighbours("adapted", validation, _CALIBRATION)
+    store = open_datastore(experiment, "adapted")
+    chosen = weigh_neighbours(experiment, "adapted", validation, _CALIBRATION)
     near = score_neighbours(
-        experiment.query_model("adapted"),
-        experiment.datastore("adapted"),
+        query_model(experiment, "adapted"),
+        store,
         sequences,
-        k=experiment.neighbours("adapted"),
+        k=k_of(store),
         temperature=chosen["temperature"],
     )
     return mix_log_probs(base, near, chosen["lmbda"])

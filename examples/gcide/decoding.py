@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import memory_setting, part_parser, write_part
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment
+from lab.memories import trained_memory
+from lab.neighbours import k_of, open_datastore
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, StaticCache
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.shapes:
         name, made = "decoding of other shapes", _shapes(experiment, lengths)
     else:
-        memory = experiment.memory(memory_setting(experiment, options.memory))
+        memory = trained_memory(experiment, memory_setting(experiment, options.memory))
         name, made = "decoding", _real(experiment, memory, lengths)
     part: dict[str, Any] = {"lengths": vars(lengths), "dtype": "bfloat16", "rows": []}
     for row in made:  # written one by one: what was timed stays if a later contender fails
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterator[dict[str, Any]]:
     """The experiment's base and memory, and a kNN-LM on the base's keys, as the paper's is."""
-    store = experiment.datastore("base")
+    store = open_datastore(experiment, "base")
     base, memory = (
         load_model(path, device=experiment.device, dtype="bfloat16")
         for path in (experiment.base, memory_path)
@@ -94,7 +95,7 @@ def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterato
         ("generate", "base and memory", generating(pair)),
         ("loop", "base", looping(base)),
         ("loop", "base and memory", looping(pair)),
-        ("loop", "kNN-LM", NeighbourLoop(base, store, experiment.neighbours("base"))),
+        ("loop", "kNN-LM", searching(base, store, k_of(store))),
         ("graph", "base", StaticLoop([base], width)),
         ("graph", "base and memory", StaticLoop([base, memory], width)),
     ]
@@ -180,51 +181,38 @@ def generating(model: PreTrainedModel) -> Decode:
     return decode
 
 
-def looping(model: PreTrainedModel) -> Decode:
-    """One forward pass a token, and nothing else."""
+def looping(model: PreTrainedModel, change: Callable[[Tensor], Tensor] | None = None) -> Decode:
+    """One forward pass a token, and nothing else but a `change` of its logits [batch, vocabulary]."""
 
     @torch.inference_mode()
     def decode(prompts: Tensor, new: int) -> Tensor:
         tokens, cache, found = prompts, None, []
         for _ in range(new):
             answer = model(input_ids=tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-            cache = answer[CACHE]
-            tokens = answer.logits[:, -1].argmax(dim=1, keepdim=True)
+            cache, scores = answer[CACHE], answer.logits[:, -1]
+            tokens = (change(scores) if change else scores).argmax(dim=1, keepdim=True)
             found.append(tokens)
         return torch.cat(found, dim=1)
 
     return decode
 
 
-class NeighbourLoop:
+def searching(model: PreTrainedModel, store: Datastore, k: int) -> Decode:
     """A loop with an exact search for each token (arXiv 1911.00172)."""
 
-    def __init__(self, model: PreTrainedModel, store: Datastore, k: int) -> None:
-        self.model = model
-        self.store = store
-        self.k = k
+    def decode(prompts: Tensor, new: int) -> Tensor:
+        with KeyRecorder(model, store.key_layer) as recorder:
 
-    @torch.inference_mode()
-    def __call__(self, prompts: Tensor, new: int) -> Tensor:
-        tokens, cache, found = prompts, None, []
-        with KeyRecorder(self.model, self.store.key_layer) as recorder:
-            for _ in range(new):
-                answer = self.model(
-                    input_ids=tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1
-                )
-                cache = answer[CACHE]
-                queries = recorder.keys[:, -1].float().cpu().numpy()
-                tokens = self._mixed(answer.logits[:, -1], queries).argmax(dim=1, keepdim=True)
-                found.append(tokens)
-        return torch.cat(found, dim=1)
+            def mixed(logits: Tensor) -> Tensor:
+                near = store.find(recorder.keys[:, -1].float().cpu().numpy(), k)
+                weights = (-near.distances.to(logits.device) / KNN_TEMPERATURE).softmax(dim=1)
+                tokens = store.tokens_of(near.ids).to(logits.device).long()
+                probs = (1 - LMBDA) * logits.float().softmax(dim=1)
+                return probs.scatter_add_(1, tokens, LMBDA * weights)
 
-    def _mixed(self, logits: Tensor, queries: np.ndarray) -> Tensor:
-        """Probabilities of base and neighbours, [batch, vocabulary]."""
-        near = self.store.find(queries, self.k)
-        weights = (-near.distances.to(logits.device) / KNN_TEMPERATURE).softmax(dim=1)
-        tokens = self.store.tokens_of(near.ids).to(logits.device).long()
-        probs = (1 - LMBDA) * logits.float().softmax(dim=1)
-        return probs.scatter_add_(1, tokens, LMBDA * weights)
+            return looping(model, mixed)(prompts, new)
+
+    return decode
 
 
 class StaticLoop:

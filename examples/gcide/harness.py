@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def own_task(questions: Path) -> dict[str, Any]:
-    """A task of lm-eval from a file of :class:`questions.Question`, one a line."""
+    """A task of lm-eval from a file of :class:`lab.questions.Question`, one a line."""
     return {
         "task": questions.stem,
         "dataset_path": "json",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from table import machine
+
 Part = Mapping[str, Any]
 
 # Decoding overhead in the paper (arXiv 2508.09874).
@@ -123,11 +125,7 @@ def tables(path: Path, names: list[str]) -> Iterator[str]:
     for name in names or TABLES:
         if name not in result:
             continue
-        machine = result[name]["machine"]
-        yield (
-            f"{machine['device']}, torch {machine['torch']}, "
-            f"transformers {machine['transformers']}."
-        )
+        yield machine(result[name])
         yield ""
         yield from TABLES[name](result[name])
         yield ""

@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command import open_experiment, parser, write_result
-from experiment import Experiment
-from rows import ROWS
+from lab.command import open_experiment, parser, write_result
+from lab.experiment import Experiment
+from lab.rows import ROWS
 
 from memdec.console import say
 from memdec.errors import MemdecError

@@ -43,11 +43,14 @@ def _tables(results: Sequence[Result]) -> str:
 
 
 def _head(result: Result) -> str:
-    machine, held_out = result["machine"], result["held_out"]
-    return (
-        f"{result['train_tokens']:,} train tokens, {held_out['test']:,} test tokens; "
-        f"{machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}."
-    )
+    train, test = result["train_tokens"], result["held_out"]["test"]
+    return f"{train:,} train tokens, {test:,} test tokens; {machine(result)}"
+
+
+def machine(result: Mapping[str, Any]) -> str:
+    """What a result was measured on."""
+    found = result["machine"]
+    return f"{found['device']}, torch {found['torch']}, transformers {found['transformers']}."
 
 
 def _main(rows: Mapping[str, Row]) -> Iterator[str]:

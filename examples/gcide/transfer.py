@@ -21,17 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import open_experiment
-from experiment import Experiment
-from part import held_out, memory_setting, part_parser, write_part
-from prepared import write_prepared
-from sampled import extend_with_samples
-from scores import documents
-from transformers import AutoModelForCausalLM
+from lab.command import memory_setting, open_experiment, part_parser, write_part
+from lab.experiment import Experiment, model_directory
+from lab.memories import tokens_of, trained_memory
+from lab.sampled import extend_with_samples
+from lab.texts import documents, write_prepared
+from lab.tuning import tuned
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memdec.console import say
 from memdec.data.artefact import fingerprint, stage
 from memdec.data.corpus import KIND, TokenCorpus, separator_id
+from memdec.evaluation.forward import label_scores
 from memdec.evaluation.mixture import best_lmbda, mix_log_probs
 from memdec.modeling.loading import (
     load_model,
@@ -39,7 +40,6 @@ from memdec.modeling.loading import (
     tokenizer_fingerprint,
 )
 from memdec.modeling.vocabulary import transfer_vocabulary
-from memdec.training.adapt import AdaptConfig, adapt
 
 HELD_OUT = ("validation", "test")
 
@@ -61,14 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options.parse_args(arguments)
     experiment = open_experiment(options)
     setting = memory_setting(experiment, options.memory)
-    memory = experiment.memory(setting)
+    memory = trained_memory(experiment, setting)
     folder = experiment.work / "transfer"
-    learnt = TokenCorpus.open(experiment.tokens_of(setting["targets"]))
+    learnt = TokenCorpus.open(tokens_of(experiment, setting["targets"]))
     epochs = setting["train"]["epochs"]
     seen = epochs * learnt.split("train").positions
-    texts = _texts(experiment.corpus) | {
-        "train": _some(_split_texts(learnt, "train"), options.share * epochs)
-    }
+    texts = {name: _split_texts(experiment.corpus, name) for name in HELD_OUT}
+    texts["train"] = _some(_split_texts(learnt, "train"), options.share * epochs)
     tokens = write_tokens(texts, options.tokenizer, folder / "tokens")
     rate = setting["train"]["learning_rate"]
 
@@ -98,28 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def move(source: str, rows: str, tokenizer: str, out: Path) -> str:
     """A model directory of the other tokenizer; rows "nothing kept": random weights throughout."""
-    if out.is_dir():
-        return str(out)
-    model = load_model(source)
-    if rows == "nothing kept":
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-        rows = "random"
-    target = load_tokenizer(tokenizer)
-    moved = transfer_vocabulary(model, load_tokenizer(source), target, rows)
-    temporary = out.with_suffix(".tmp")
-    moved.save_pretrained(temporary)
-    target.save_pretrained(temporary)
-    temporary.rename(out)
-    return str(out)
+
+    def moved() -> tuple[PreTrainedModel, Any]:
+        model, target = load_model(source), load_tokenizer(tokenizer)
+        kept = rows
+        if rows == "nothing kept":
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+            kept = "random"
+        return transfer_vocabulary(model, load_tokenizer(source), target, kept), target
+
+    return model_directory(out, moved)
 
 
 def train(experiment: Experiment, start: str, tokens: Path, rate: float, out: Path) -> str:
     """One epoch of cross-entropy on the train split of `tokens`."""
-    options = {**experiment.settings["adapt"], "epochs": 1, "learning_rate": rate}
-    options |= {"compile": False, "block_size": experiment.settings["block_size"]}
-    adapt(AdaptConfig(model=start, tokens=tokens, device=experiment.device, **options), out)
-    return str(out / "model")
+    once = {"epochs": 1, "learning_rate": rate, "compile": False}
+    return tuned(experiment, out, model=start, tokens=tokens, **once)
 
 
 def write_tokens(texts: Texts, tokenizer: str, out: Path) -> Path:
@@ -195,11 +189,8 @@ def _row(experiment: Experiment, name: str, path: str, corpus: TokenCorpus) -> d
 
 def _log_probs(experiment: Experiment, path: str, corpus: TokenCorpus, split: str) -> np.ndarray:
     model = load_model(path, device=experiment.device)
-    return held_out(experiment, model, corpus.split(split))
-
-
-def _texts(corpus: TokenCorpus) -> Texts:
-    return {name: _split_texts(corpus, name) for name in HELD_OUT}
+    how = {**experiment.how, "vocab_size": corpus.vocab_size}
+    return label_scores(model, corpus.split(split), **how).log_probs
 
 
 def _split_texts(corpus: TokenCorpus, split: str) -> list[str]:

@@ -17,7 +17,6 @@ import yaml
 
 from memdec.data.artefact import stage
 from memdec.data.corpus import KIND, SPLITS, TokenCorpus
-from memdec.data.sources import Top
 from memdec.errors import MemdecError
 from memdec.evaluation.forward import LabelScores
 from memdec.modeling.loading import load_model, model_fingerprint
@@ -191,7 +190,7 @@ def test_a_row_that_fails_costs_no_other(
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(importlib.import_module("rows").ROWS, "adapted", fail)
+    monkeypatch.setitem(importlib.import_module("lab.rows").ROWS, "adapted", fail)
     path = results[2].with_name("failed.json")
     with pytest.raises(SystemExit, match="DAPT"):
         run(tiny, path.parent, "--row", "DAPT", "--row", "base", "--result", str(path))
@@ -206,7 +205,7 @@ def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> 
 
 
 def test_a_residual_completes_the_base_to_the_teacher() -> None:
-    subtract = importlib.import_module("residual").subtract
+    subtract = importlib.import_module("lab.residual").subtract
     taught = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 1.0], [0.25, 0.25, 0.25, 0.25]])
     base = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.1, 0.7, 0.1], [1.0, 0.0, 0.0, 0.0]])
     inside = taught > 0
@@ -223,14 +222,14 @@ def test_a_residual_completes_the_base_to_the_teacher() -> None:
 
 
 def test_a_blend_is_the_weighed_sum_where_there_are_neighbours() -> None:
-    blend = importlib.import_module("blended").blend
+    blend = importlib.import_module("lab.blended").blend
     taught = torch.tensor([[0.6, 0.4, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0.3, 0.7]])
     values, tokens = taught.topk(2)
     near = torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 0, 0]])  # none of the second, no third row
     inside = near > 0
     indptr = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
     rows = SparseTargets(indptr, inside.nonzero()[:, 1].int(), near[inside])
-    found = blend(Top(0, 3, values.log(), tokens, {}), rows, 0.2, None)
+    found = blend(values.log(), tokens, rows, 0.2)
     wanted = taught.clone()
     wanted[0] = 0.8 * taught[0] + 0.2 * near[0]
     torch.testing.assert_close(found.to_dense(4), wanted)
@@ -240,7 +239,9 @@ def test_an_ensemble_answers_the_mean_distribution(tiny: ModuleType, tmp_path: P
     models = [tiny.model, tiny.save_other_model(tmp_path / "other")]
     tokens = torch.arange(10).view(2, 5)
     with torch.no_grad():
-        found = importlib.import_module("blended").Ensemble.load(models)(input_ids=tokens).logits
+        found = (
+            importlib.import_module("lab.blended").Ensemble.load(models)(input_ids=tokens).logits
+        )
         members = [load_model(model)(input_ids=tokens).logits.softmax(-1) for model in models]
     torch.testing.assert_close(found.exp(), (members[0] + members[1]) / 2)
 
@@ -252,7 +253,7 @@ def test_a_teacher_whose_logits_are_no_numbers_is_refused(tiny: ModuleType, tmp_
     model.save_pretrained(tmp_path / "teacher")
     options = {"top_m": 8, "max_entries": None, "block_size": 32, "batch_blocks": 4}
     with pytest.raises(MemdecError, match="the teacher's logits at positions 0 to"):
-        importlib.import_module("blended").blended_rows(
+        importlib.import_module("lab.blended").blended_rows(
             [str(tmp_path / "teacher")],
             TokenCorpus.open(tiny.tokens),
             None,
@@ -264,22 +265,23 @@ def test_a_teacher_whose_logits_are_no_numbers_is_refused(tiny: ModuleType, tmp_
 
 
 def test_kept_scores_are_of_the_same_texts(tiny: ModuleType, tmp_path: Path) -> None:
-    scores = importlib.import_module("scores")
+    scores = importlib.import_module("lab.scores")
+    text = importlib.import_module("lab.texts").Text
     stream = TokenCorpus.open(tiny.tokens).split("test")
-    of_one = {"test": scores.Text(stream, 3)}
+    of_one = {"test": text(stream, 3)}
     answers = LabelScores(np.zeros(3, np.float32), np.zeros((3, 2), np.float32))
     file = scores.ScoreFile(tmp_path / "base.npz")
     file.write("model", {"test": answers, "more": answers})
     assert list(file.read("model", of_one)) == ["test"]
     assert file.read("another", of_one) is None
-    assert file.read("model", {**of_one, "else": scores.Text(stream, 3)}) is None
-    assert file.read("model", {"test": scores.Text(stream, 4)}) is None
+    assert file.read("model", {**of_one, "else": text(stream, 3)}) is None
+    assert file.read("model", {"test": text(stream, 4)}) is None
 
 
 def test_sampling_into_reserved_memory_is_sampling(
     tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampled = importlib.import_module("sampled")
+    sampled = importlib.import_module("lab.sampled")
     model = load_model(tiny.model)
 
     def greedy(logits: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
@@ -294,9 +296,9 @@ def test_sampling_into_reserved_memory_is_sampling(
 
 
 def test_prepared_tokens_are_the_same_after_a_run_that_was_cut_off(tiny, tmp_path: Path) -> None:
-    write_prepared = importlib.import_module("prepared").write_prepared
+    write_prepared = importlib.import_module("lab.texts").write_prepared
     corpus = TokenCorpus.open(tiny.tokens)
-    cut_into = importlib.import_module("scores").documents
+    cut_into = importlib.import_module("lab.texts").documents
     documents = {name: cut_into(corpus.split(name)) for name in SPLITS}
 
     def write(out: Path, given: dict) -> None:

@@ -66,7 +66,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def _few_neighbours(gcide: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("experiment"), "KNN_K", 64)
+        patch.setattr(importlib.import_module("lab.neighbours"), "KNN_K", 64)
         yield
 
 
@@ -157,7 +157,7 @@ def test_what_was_learned_shows_in_the_domain(cloze: dict) -> None:
 def test_scores_of_options_are_those_of_the_text_alone(place: Place, cloze: dict) -> None:
     """Neither padding, nor batches, nor the row's place may count."""
     module = importlib.import_module("cloze")
-    question = importlib.import_module("questions").Question
+    question = importlib.import_module("lab.questions").Question
     model = load_model(place.base)
     corpus = TokenCorpus.open(place.tokens)
     tokenizer = corpus.tokenizer()
@@ -183,7 +183,7 @@ def test_scores_of_options_are_those_of_the_text_alone(place: Place, cloze: dict
 
 
 def test_questions_are_the_same_again_and_have_one_right_answer() -> None:
-    module = importlib.import_module("questions")
+    module = importlib.import_module("lab.questions")
     generator = random.Random(1)
     entries = [entry(generator, number)[0] for number in range(100)]
     for task in module.TASKS:
@@ -247,7 +247,7 @@ def test_a_memory_moves_to_another_tokenizer(place: Place) -> None:
     joint = {row["name"]: row["bits"] for row in found["joint"]["rows"]}
     assert joint["means"] < found["joint"]["base"]
     before, after = TokenCorpus.open(place.tokens), place.root / "work" / "transfer" / "tokens"
-    documents = importlib.import_module("scores").documents
+    documents = importlib.import_module("lab.texts").documents
     texts = [
         [corpus.tokenizer().decode(one) for one in documents(corpus.split("test"))]
         for corpus in (before, TokenCorpus.open(after))

@@ -19,7 +19,7 @@ BLOCK, STRIDE, ROOM = 32, 8, 14
 
 @pytest.fixture(scope="module")
 def retrieval(gcide: None) -> ModuleType:
-    return importlib.import_module("retrieval")
+    return importlib.import_module("lab.retrieval")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def corpus(tiny: ModuleType) -> TokenCorpus:
 
 @pytest.fixture(scope="module")
 def text(gcide: None, corpus: TokenCorpus) -> object:
-    return importlib.import_module("scores").Text(corpus.split("test"), 200)
+    return importlib.import_module("lab.texts").Text(corpus.split("test"), 200)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_what_is_found_shares_words_with_the_query(
     options = {"block_size": BLOCK, "stride": STRIDE, "query_tokens": 6}
     found = retrieval.retrieve(corpus, {"test": text}, tmp_path / "a", {}, **options)["test"]
     assert np.array_equal(found.bounds, bounds)
-    entries = importlib.import_module("scores").documents(corpus.split("train"))
+    entries = importlib.import_module("lab.texts").documents(corpus.split("train"))
     asked = retrieval.queries(text, bounds, corpus.separator_id, BLOCK, 6)
     for query, documents in zip(asked, found.found, strict=True):
         assert (documents >= 0).any() == (len(query) > 0)
@@ -82,7 +82,7 @@ def test_what_is_found_shares_words_with_the_query(
 def test_scores_are_those_of_the_entries_before_the_text(
     retrieval: ModuleType, corpus: TokenCorpus, text: object, bounds: np.ndarray, tiny: ModuleType
 ) -> None:
-    entries = importlib.import_module("scores").documents(corpus.split("train"))
+    entries = importlib.import_module("lab.texts").documents(corpus.split("train"))
     found = np.full((len(bounds), 3), -1, np.int32)
     found[1::2] = [[4, 7, 9]]
     alone = -np.arange(text.positions, dtype=np.float32)
@@ -133,7 +133,7 @@ def test_a_passage_must_leave_room_for_the_piece(
             load_model(tiny.model),
             text,
             retrieval.Pieces(bounds, np.zeros((len(bounds), 1), np.int32)),
-            importlib.import_module("scores").documents(corpus.split("train")),
+            importlib.import_module("lab.texts").documents(corpus.split("train")),
             np.zeros(text.positions),
             separator=corpus.separator_id,
             vocab_size=corpus.vocab_size,

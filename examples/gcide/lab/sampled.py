@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prepared import write_prepared
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
+from lab.texts import write_prepared
 from memdec.console import Progress
 from memdec.data.artefact import stage
 from memdec.data.corpus import KIND, SPLITS, TokenCorpus

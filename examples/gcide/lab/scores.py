@@ -1,42 +1,23 @@
-"""The held-out texts, what models say of each of their tokens, kept from run to run, and perplexity."""
+"""What models say of each token of the held-out texts, kept from run to run, and perplexity."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memdec.data.corpus import TokenStream
+from lab.blended import Ensemble
+from lab.experiment import Experiment, file_name
+from lab.texts import Text
 from memdec.evaluation.bootstrap import interval, resampled_means, resampling_units
-from memdec.evaluation.forward import LabelScores
+from memdec.evaluation.forward import LabelScores, label_scores
+from memdec.modeling.loading import load_model, model_fingerprint
 
 SAMPLES = 1000  # of the bootstrap
-
-
-@dataclass(frozen=True)
-class Text:
-    """A held-out text: `positions` of a stream from its start."""
-
-    stream: TokenStream
-    positions: int
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.stream.read(1, self.positions + 1)
-
-    def head(self, positions: int) -> Text:
-        return Text(self.stream, min(positions, self.positions))
-
-
-def documents(stream: TokenStream) -> list[np.ndarray]:
-    """The tokens of each document, without separators."""
-    ends = np.append(stream.documents[1:] - 1, len(stream) - 1)
-    return [stream.read(*bounds) for bounds in zip(stream.documents, ends, strict=True)]
 
 
 def perplexity(log_probs: np.ndarray, text: Text, block_size: int) -> dict[str, Any]:
@@ -81,3 +62,31 @@ class ScoreFile:
         temporary = self.path.with_suffix(f".{os.getpid()}.npz")  # seeds share the base's
         np.savez(temporary, model=np.array(fingerprint), **arrays)
         temporary.replace(self.path)
+
+
+def score(experiment: Experiment, name: str, *models: str) -> dict[str, LabelScores]:
+    """The answers of a model, or of several models' mean, to every text, made once.
+
+    `name` is the file's.
+    """
+    work = experiment.shared if models == (experiment.base,) else experiment.work
+    file = ScoreFile(work / "scores" / f"{file_name(name)}.npz")
+    fingerprint = " ".join(model_fingerprint(model) for model in models)
+    found = file.read(fingerprint, experiment.texts)
+    if found is None:
+        if len(models) == 1:
+            loaded = load_model(*models, device=experiment.device)
+        else:
+            loaded = Ensemble.load(models, device=experiment.device)
+        found = {
+            name: label_scores(
+                loaded,
+                text.stream,
+                positions=text.positions,
+                with_confidence=True,
+                **experiment.how,
+            )
+            for name, text in experiment.texts.items()
+        }
+        file.write(fingerprint, found)
+    return found

@@ -1,15 +1,37 @@
-"""Writes what ``memdec prepare`` writes, from documents that are split and tokenised already."""
+"""Texts as tokens: those held out, the documents of a split, and a corpus written from documents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from memdec.data.artefact import StageWriter
-from memdec.data.corpus import SHARD_TOKENS
+from memdec.data.corpus import SHARD_TOKENS, TokenStream
 from memdec.data.stream_writer import StreamWriter
+
+
+@dataclass(frozen=True)
+class Text:
+    """A held-out text: `positions` of a stream from its start."""
+
+    stream: TokenStream
+    positions: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.stream.read(1, self.positions + 1)
+
+    def head(self, positions: int) -> Text:
+        return Text(self.stream, min(positions, self.positions))
+
+
+def documents(stream: TokenStream) -> list[np.ndarray]:
+    """The tokens of each document, without separators."""
+    ends = np.append(stream.documents[1:] - 1, len(stream) - 1)
+    return [stream.read(*bounds) for bounds in zip(stream.documents, ends, strict=True)]
 
 
 def write_prepared(
@@ -18,7 +40,9 @@ def write_prepared(
     separator: int,
     documents: Mapping[str, Sequence[np.ndarray]],
 ) -> None:
-    """Finishes the artefact; goes on where an earlier run with the same documents was cut off.
+    """Writes what ``memdec prepare`` writes, from documents that are split and tokenised already.
+
+    Finishes the artefact; goes on where an earlier run with the same documents was cut off.
 
     Args:
         separator: token id between documents.

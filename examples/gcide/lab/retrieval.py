@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scores import Text, documents
 from transformers import PreTrainedModel
 
+from lab.texts import Text, documents
 from memdec.config import require
 from memdec.console import Progress
 from memdec.data.artefact import stage
@@ -156,7 +156,7 @@ def score_retrieved(
     """Log p(label), float32 [positions].
 
     Args:
-        entries: the train split's :func:`scores.documents`.
+        entries: the train split's :func:`lab.texts.documents`.
         alone: the base's, [positions]; of pieces for which nothing was found.
         room: tokens of a context for what was found; an entry that is longer is cut.
 

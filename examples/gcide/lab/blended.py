@@ -106,7 +106,8 @@ def blended_rows(
                     if wrong:
                         raise MemdecError(message)
                 near = _near(neighbours, top)
-                parts.append(blend(top, near, lmbda, options["max_entries"]).to("cpu"))
+                rows = blend(top.log_probs, top.tokens, near, lmbda, options["max_entries"])
+                parts.append(rows.to("cpu"))
                 progress.advance(top.stop - top.start)
         rows = SparseTargets.cat(parts)
         arrays = {name: getattr(rows, name) for name in ("indptr", "token_ids", "probs")}
@@ -125,15 +126,18 @@ def _near(neighbours: TargetStore | None, top: Top) -> SparseTargets | None:
 
 
 def blend(
-    top: Top, near: SparseTargets | None, lmbda: float, max_entries: int | None
+    log_weights: torch.Tensor,
+    tokens: torch.Tensor,
+    near: SparseTargets | None,
+    lmbda: float,
+    max_entries: int | None = None,
 ) -> SparseTargets:
-    """One batch's rows, compact.
+    """Rows of weight ``1 - lmbda`` with those of `near`, of weight `lmbda`; compact.
 
     Args:
-        near: rows of the head of `top`'s positions. An empty row, and one that is missing, leaves the
-            teachers' part alone.
+        log_weights: log-probabilities of `tokens`, both [rows, entries].
+        near: the head of as many rows. Where one is empty, or missing, the others are alone.
     """
-    log_weights, tokens = top.log_probs, top.tokens
     if near is not None:
         lengths = near.indptr.diff()
         owner = torch.repeat_interleave(torch.arange(len(near), device=tokens.device), lengths)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from experiment import Experiment
-from retrieval import score_retrieved
-from scores import documents, perplexity
 
-from memdec.data.targets import SEARCHED
+from lab.experiment import Experiment
+from lab.memories import seconds_before, trained_memory
+from lab.neighbours import neighbour_log_probs, weigh_neighbours
+from lab.retrieval import retrieve, score_retrieved
+from lab.scores import perplexity, score
+from lab.texts import documents
+from lab.tuning import adapted, model_named, tuned, tuning_config
 from memdec.evaluation.forward import LabelScores
 from memdec.evaluation.gate import evidence_lmbda, fit_gate, gate_lmbda
 from memdec.evaluation.measures import function_words, mean_change, median_gain, rarest_decile
@@ -27,7 +30,7 @@ ByText = dict[str, np.ndarray]  # log p(label) by name of the text
 
 
 def base_row(experiment: Experiment, setting: Setting) -> Row:
-    base = experiment.scores("base", experiment.base)
+    base = score(experiment, "base", experiment.base)
     return {
         "parameters": 0,
         "perplexity": {"alone": _perplexities(experiment, _label_scores(base))},
@@ -36,36 +39,40 @@ def base_row(experiment: Experiment, setting: Setting) -> Row:
 
 def adapted_row(experiment: Experiment, setting: Setting) -> Row:
     """The teacher by itself is full fine-tuning; beside the base it is a memory like any other."""
-    model = experiment.adapted()
+    model = adapted(experiment)
     return _training(experiment, "adapt") | _model_row(experiment, setting, model)
 
 
 def tuned_row(experiment: Experiment, setting: Setting) -> Row:
     """Fine-tuning with other options than the teacher's."""
-    model = experiment.tuned(setting)
-    training = _training(experiment, experiment.folder(setting))
-    return training | _model_row(experiment, setting, model)
+    out = experiment.folder(setting)
+    model = tuned(experiment, out, **setting["train"])
+    return _training(experiment, out) | _model_row(experiment, setting, model)
 
 
 def lora_row(experiment: Experiment, setting: Setting) -> Row:
     """The base with an adapter merged into it; the parameters are the adapter's."""
-    model, parameters = experiment.lora(setting)
-    training = _training(experiment, experiment.folder(setting))
-    return training | _model_row(experiment, setting, model, parameters=parameters)
+    from lab.lora import lora  # needs peft
+
+    out = experiment.folder(setting)
+    config = tuning_config(experiment, **setting["train"])
+    parameters = experiment.once(out, lambda: lora(config, out, setting["adapter"]))
+    found = _model_row(experiment, setting, str(out / "model"), parameters=parameters)
+    return _training(experiment, out) | found
 
 
 def ensemble_row(experiment: Experiment, setting: Setting) -> Row:
     """The mean of the adapted teachers of several seeds, which a memory may learn."""
-    seeds = [experiment.of_seed(seed) for seed in setting["seeds"]]
-    models = [one.adapted() for one in seeds]
+    seeds = experiment.of_seeds(setting["seeds"])
+    models = [adapted(one) for one in seeds]
     seconds = sum(one.seconds("adapt") for one in seeds)
     return {"stage_seconds": {"train": seconds}} | _model_row(experiment, setting, *models)
 
 
 def memory_row(experiment: Experiment, setting: Setting) -> Row:
-    model = experiment.memory(setting)
+    model = trained_memory(experiment, setting)
     training = _training(experiment, experiment.folder(setting))
-    training["stage_seconds"] |= _seconds_before(experiment, setting)
+    training["stage_seconds"] |= seconds_before(experiment, setting)
     return training | _model_row(experiment, setting, model)
 
 
@@ -77,31 +84,19 @@ def _training(experiment: Experiment, folder: str | Path) -> Row:
     }
 
 
-def _seconds_before(experiment: Experiment, setting: Setting) -> dict[str, float]:
-    """Of all that the training of a memory needed; the labels alone need a start, and no targets."""
-    name = setting["targets"]
-    options = experiment.settings["targets"][name]
-    seconds = {"adapt": experiment.seconds("adapt")}
-    if setting["train"]["alpha"] > 0:
-        seconds["targets"] = experiment.seconds(f"targets-{name}")
-        if "seeds" in options:
-            others = [experiment.of_seed(seed) for seed in experiment.seeds(options["seeds"])]
-            seconds["adapt"] = sum(other.seconds("adapt") for other in others)
-            seconds["blended"] = experiment.seconds(f"rows-{name}")
-        if "neighbours" in options:
-            seconds["neighbours"] = experiment.seconds(f"targets-{options['neighbours']}")
-        if "neighbours" in options or options.get("source") in SEARCHED:
-            seconds["datastore"] = experiment.seconds("datastore-adapted")
-    if (samples := experiment.tokens_of(name)) != experiment.tokens:
-        seconds["sampled"] = experiment.seconds(samples)
-    return seconds
-
-
 def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
     """The base with train entries in its context; the room for them is chosen on validation."""
-    base = _label_scores(experiment.scores("base", experiment.base))
-    found = experiment.retrieved(setting["stride"], setting["query_tokens"])
-    corpus, how = experiment.corpus, experiment.how
+    base = _label_scores(score(experiment, "base", experiment.base))
+    corpus, block_size = experiment.corpus, experiment.how["block_size"]
+    found = retrieve(
+        corpus,
+        experiment.texts,
+        experiment.shared / "retrieved",
+        {"tokens": corpus.fingerprint, **experiment.outside},
+        block_size=block_size,
+        stride=setting["stride"],
+        query_tokens=setting["query_tokens"],
+    )
     model = load_model(experiment.base, device=experiment.device, dtype=setting["dtype"])
     entries = documents(corpus.split("train"))
 
@@ -117,7 +112,7 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
             base[name][: text.positions],
             separator=corpus.separator_id,
             vocab_size=corpus.vocab_size,
-            block_size=how["block_size"],
+            block_size=block_size,
             room=room,
             description=f"retrieval: {name}, {room} tokens",
         )
@@ -138,14 +133,12 @@ def retrieval_row(experiment: Experiment, setting: Setting) -> Row:
 
 def knn_row(experiment: Experiment, setting: Setting) -> Row:
     """Neighbours mixed with the base, or with the adapted model; gated by the evidence alone."""
-    keys_model = experiment.model(setting["keys"])
-    beside = _label_scores(
-        experiment.scores(setting["beside"], experiment.model(setting["beside"]))
-    )
-    base = _label_scores(experiment.scores("base", experiment.base))
-    chosen = experiment.weigh_neighbours(setting["keys"], beside["validation"], CALIBRATION)
+    keys, partner = setting["keys"], setting["beside"]
+    beside = _label_scores(score(experiment, partner, model_named(experiment, partner)))
+    base = _label_scores(score(experiment, "base", experiment.base))
+    chosen = weigh_neighbours(experiment, keys, beside["validation"], CALIBRATION)
     temperature = float(chosen["temperature"])
-    near = experiment.near(setting["keys"], temperature)
+    near = neighbour_log_probs(experiment, keys, temperature)
     lmbda, _ = best_lmbda(beside["validation"], near["validation"])
     joint = {name: mix_log_probs(beside[name], near[name], lmbda) for name in near}
     block_size = experiment.how["block_size"]
@@ -154,21 +147,16 @@ def knn_row(experiment: Experiment, setting: Setting) -> Row:
         for name, text in experiment.texts.items()
     }
     gated = {name: mix_log_probs(base[name], joint[name], weights[name]) for name in near}
-    needs_teacher = "adapted" in (setting["keys"], setting["beside"])
-    folders = [f"datastore-{setting['keys']}", *(["adapt"] if needs_teacher else [])]
+    needs_teacher = "adapted" in (keys, partner)
+    folders = [f"datastore-{keys}", *(["adapt"] if needs_teacher else [])]
     return {
         "stage_seconds": {folder: experiment.seconds(folder) for folder in folders},
-        "parameters": load_shape(keys_model).num_parameters() if needs_teacher else 0,
-        "key_bytes": experiment.key_bytes(),
+        "parameters": load_shape(adapted(experiment)).num_parameters() if needs_teacher else 0,
+        "key_bytes": _key_bytes(experiment),
         "lmbda": lmbda,
         "temperature": temperature,
         "mean_gate": {name: lmbda * float(weight.mean()) for name, weight in weights.items()},
-        "perplexity": {
-            "alone": _perplexities(experiment, near),
-            "joint": _perplexities(experiment, joint),
-            "gated": _perplexities(experiment, gated),
-        },
-        **_behaviour(experiment, base["test"], {"joint": joint["test"], "gated": gated["test"]}),
+        **_against_base(experiment, base, near, joint, gated),
     }
 
 
@@ -188,8 +176,9 @@ def _model_row(
     experiment: Experiment, setting: Setting, *models: str, parameters: int | None = None
 ) -> Row:
     """A model, or several's mean, alone, beside the base at the best lmbda, and at the gate's."""
-    base = experiment.scores("base", experiment.base)
-    scores = experiment.scores(_scores_name(setting), *models)
+    base = score(experiment, "base", experiment.base)
+    name = "adapted" if setting["kind"] == "adapted" else setting["name"]
+    scores = score(experiment, name, *models)
     alone, labels = _label_scores(scores), _label_scores(base)
     lmbda, _ = best_lmbda(labels["validation"], alone["validation"])
     block_size = experiment.how["block_size"]
@@ -205,24 +194,15 @@ def _model_row(
         parameters = sum(load_shape(model).num_parameters() for model in models)
     return {
         "parameters": parameters,
-        "keys_to_weights": experiment.key_bytes() / (2 * parameters),
+        "keys_to_weights": _key_bytes(experiment) / (2 * parameters),
         "lmbda": lmbda,
         "mean_gate": {name: float(weight.mean()) for name, weight in weights.items()},
-        "perplexity": {
-            "alone": _perplexities(experiment, alone),
-            "joint": _perplexities(experiment, joint),
-            "gated": _perplexities(experiment, gated),
-        },
-        **_behaviour(experiment, labels["test"], {"joint": joint["test"], "gated": gated["test"]}),
+        **_against_base(experiment, labels, alone, joint, gated),
     }
 
 
 def _label_scores(scores: Mapping[str, LabelScores]) -> ByText:
     return {name: one.log_probs for name, one in scores.items()}
-
-
-def _scores_name(setting: Setting) -> str:
-    return "adapted" if setting["kind"] == "adapted" else setting["name"]
 
 
 def _perplexities(experiment: Experiment, log_probs: ByText) -> dict[str, Any]:
@@ -233,13 +213,27 @@ def _perplexities(experiment: Experiment, log_probs: ByText) -> dict[str, Any]:
     }
 
 
-def _behaviour(experiment: Experiment, base: np.ndarray, mixtures: ByText) -> Row:
-    """What mixtures do on the test split to the rarest tokens and to function words."""
+def _against_base(
+    experiment: Experiment, base: ByText, alone: ByText, joint: ByText, gated: ByText
+) -> Row:
+    """Perplexities; on test, what mixtures with the base do to the rarest tokens and function words."""
     labels = experiment.texts["test"].labels
     train, corpus = experiment.corpus.split("train"), experiment.corpus
     rarest = rarest_decile(train, labels, corpus.vocab_size)
     words = function_words(corpus.tokenizer(), labels)
+    mixtures = {"joint": joint, "gated": gated}
+    pairs = {how: (base["test"], found["test"]) for how, found in mixtures.items()}
     return {
-        "tail_gain": {name: median_gain(base, one, rarest) for name, one in mixtures.items()},
-        "function_words": {name: mean_change(base, one, words) for name, one in mixtures.items()},
+        "perplexity": {
+            how: _perplexities(experiment, found)
+            for how, found in {"alone": alone, **mixtures}.items()
+        },
+        "tail_gain": {how: median_gain(*pair, rarest) for how, pair in pairs.items()},
+        "function_words": {how: mean_change(*pair, words) for how, pair in pairs.items()},
     }
+
+
+def _key_bytes(experiment: Experiment) -> int:
+    """Of a datastore of the train tokens, its keys in 16 bits."""
+    width = load_shape(experiment.base).config.get_text_config().hidden_size
+    return 2 * width * experiment.corpus.split("train").positions

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from lab.blended import blend
 from memdec.console import Progress
 from memdec.data.artefact import stage
 from memdec.data.corpus import TokenCorpus, block_batches
 from memdec.data.targets import KIND, TargetStore
 from memdec.modeling.loading import load_model, model_fingerprint
-from memdec.ops import SparseTargets, knn_scatter
+from memdec.ops import SparseTargets
 
 _LEAST = 1e-3  # of a row's mass
 _BLOCKS = 8  # in one forward pass of the base
@@ -96,24 +97,11 @@ def _residual(
         targets = SparseTargets(
             shard["indptr"][rows.start : rows.stop + 1], shard["token_ids"], shard["probs"]
         )
-        taught = _with_label(targets.compact().to(model.device), shard["label"][rows], label_weight)
+        label = shard["label"][rows, None].to(model.device)
+        sure = torch.zeros(label.shape, device=model.device)  # log 1
+        taught = blend(sure, label, targets.compact().to(model.device), 1 - label_weight)
         parts.append(subtract(taught, log_probs, 1 - lmbda).to("cpu"))
     return SparseTargets.cat(parts)
-
-
-def _with_label(rows: SparseTargets, labels: torch.Tensor, weight: float) -> SparseTargets:
-    """``(1 - weight) * rows + weight * label``; a row's entries and its label as neighbours."""
-    lengths = rows.indptr.diff()
-    owner = torch.repeat_interleave(torch.arange(len(rows), device=lengths.device), lengths)
-    slot = torch.arange(len(owner), device=owner.device) - rows.indptr[owner]
-    shape = (len(rows), int(lengths.max()) + 1)
-    log_weights = torch.full(shape, -torch.inf, device=owner.device)
-    tokens = torch.full(shape, -1, dtype=torch.int32, device=owner.device)
-    log_weights[owner, slot] = rows.probs.log() + np.log1p(-weight)
-    tokens[owner, slot] = rows.token_ids
-    log_weights[:, -1] = float(np.log(weight)) if weight else -torch.inf
-    tokens[:, -1] = labels.to(tokens)
-    return knn_scatter(-log_weights, tokens).compact()
 
 
 def subtract(rows: SparseTargets, log_probs: torch.Tensor, weight: float) -> SparseTargets:

@@ -1,0 +1,1 @@
+"""What the commands of this folder are made of; README.md says what each file is for."""
