@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,12 @@ def _leave_at_exit() -> None:
 
     NCCL is left alone: where one process has failed, leaving would wait for it.
     """
-    atexit.register(PartialState().destroy_process_group)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    gc.collect()  # a trainer that is left in a cycle keeps the group, and so its threads, alive
+    PartialState().destroy_process_group()
 
 
 def own_device(processes: PartialState, device: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -241,6 +242,17 @@ def test_bad_options_are_refused(changes, message, config):
         dataclasses.replace(config, **changes)
 
 
+# Registered first, so that it runs last.
+THREADS_AT_EXIT = """
+import atexit, glob, sys
+
+@atexit.register
+def say_threads():
+    names = {open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")}
+    print("thread at exit:", "python", *names, file=sys.stderr)
+"""
+
+
 def test_two_processes_train_what_one_does(config, tmp_path):
     """`accelerate launch -m memdec train`: half the blocks each, and one of them writes."""
     alone = dataclasses.replace(
@@ -260,9 +272,16 @@ def test_two_processes_train_what_one_does(config, tmp_path):
         command += ["--" + name.replace("_", "-"), str(options[name])]
     for name in ("gradient_accumulation", "validations", "learning_rate", "device", "out"):
         command += ["--" + name.replace("_", "-"), str(options[name])]
+    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_EXIT)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path}
     for _ in range(2):  # the second run finds everything done
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "thread at exit: python" in done.stderr
+        assert (
+            "gloo" not in done.stderr.partition("thread at exit")[2]
+        )  # it could abort the process
     assert done.stderr.count("already done") == 1
     curves = [
         json.loads((tmp_path / name / "curve.json").read_text()) for name in ("alone", "together")
