@@ -6,8 +6,8 @@
 
 About 9.9 million tokens of SmolLM2's tokenizer. The marks of the dictionary that a paragraph is from,
 [1913 Webster] and the like, are left out: known before they come, they are one token in seven, and
-would halve the base's perplexity. GCIDE is under the GPL: its text is read from the installed package
-and never shipped here.
+would make every perplexity lower (docs/gcide.md). GCIDE is under the GPL: its text is read from the
+installed package and never shipped here.
 """
 
 from __future__ import annotations
