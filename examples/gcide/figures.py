@@ -101,7 +101,7 @@ def cost(results: Sequence[Mapping[str, Any]], axes: Axes) -> None:
         at = (x, math.exp(top[x]))
         axes.annotate(name, at, textcoords="offset points", va="center", size=8, **where)
     axes.set_xlabel("MB kept, in 16 bits")
-    axes.set_ylabel("perplexity, a lmbda a token")
+    axes.set_ylabel("perplexity")
 
 
 def _best(row: Mapping[str, Any]) -> float:
