@@ -282,18 +282,20 @@ def joined_stage(path: Path, member: int) -> Iterator[StageWriter]:
     """A further writer of a stage that another process holds open as shared.
 
     It knows the files and notes that were recorded before it joined. While it lives, nobody else can
-    open the stage, also when the process that opened it has died.
+    open the stage, also when the process that opened it has died; a finished one it leaves alone.
 
     Args:
         member: number of this process, at least 1 and its own.
     """
+    records = f"progress-{member}.json"
+    if (path / MANIFEST).exists():  # nothing is left to write, perhaps nothing can be
+        writer = StageWriter(path, {"files": {}, "notes": {}}, records)
+        writer.finished = True
+        yield writer
+        return
     with open(path / LOCK, "a") as lock:
         _lock(lock, fcntl.LOCK_SH, path)
-        finished = (path / MANIFEST).exists()
-        progress = {"files": {}, "notes": {}} if finished else _read_json(path / PROGRESS)
-        writer = StageWriter(path, progress, f"progress-{member}.json")
-        writer.finished = finished
-        yield writer
+        yield StageWriter(path, _read_json(path / PROGRESS), records)
 
 
 def _lock(file: IO[str], kind: int, path: Path) -> None:

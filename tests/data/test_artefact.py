@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from data_tiny import contents
 
-from memdec.data.artefact import Artefact, clear_disk_errors, fingerprint, stage
+from memdec.data.artefact import LOCK, Artefact, clear_disk_errors, fingerprint, joined_stage, stage
 from memdec.errors import MemdecError
 
 PARAMS = {"k": 3, "spec": None}
@@ -293,11 +293,15 @@ def test_a_kill_at_every_step_changes_nothing_in_the_end(tmp_path):
 def test_a_directory_that_can_only_be_read(tmp_path, monkeypatch):
     """A finished stage is, with another request it is refused, and nothing else can begin there."""
     write_all(tmp_path / "done")
+    (tmp_path / "done" / LOCK).unlink()
+    (tmp_path / "done" / LOCK).mkdir()  # root too cannot open it
     (tmp_path / "empty").mkdir()
     before = contents(tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever the mode says
-    with stage(tmp_path / "done", "example", PARAMS, INPUTS) as writer:
+    with stage(tmp_path / "done", "example", PARAMS, INPUTS, shared=True) as writer:
         assert writer.finished
+        with joined_stage(tmp_path / "done", 1) as other:
+            assert other.finished
     with (
         pytest.raises(MemdecError, match="k"),
         stage(tmp_path / "done", "example", {**PARAMS, "k": 4}, INPUTS),
