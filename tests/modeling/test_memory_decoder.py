@@ -599,6 +599,8 @@ def test_auto_classes_and_pipelines_know_a_saved_pair(saved_base: Path, tmp_path
     assert again.config.lmbda == 0.25
     with pytest.raises(TypeError, match="base, device and dtype, got device_map"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map="auto")
+    with pytest.raises(TypeError, match="base, device and dtype, got lmbda"):
+        MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair", lmbda=0.0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pair")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     options = {"max_new_tokens": 5, "do_sample": False}
