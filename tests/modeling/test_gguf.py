@@ -29,6 +29,7 @@ from memdec.modeling.loading import (
     tokenizer_fingerprint,
 )
 from memdec.modeling.memory_init import initial_memory, keep_layers
+from memdec.modeling.quiet import no_library_bars
 
 IDS = torch.tensor([[3, 4, 5, 9, 8, 7]])
 
@@ -123,6 +124,22 @@ def test_loading_leaves_the_libraries_bars_as_they_were(
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         load_model(path)
         assert "GGUF" in capsys.readouterr().err  # the reader's own bar is back as well
+    finally:
+        set_bars(*before)
+
+
+def test_bars_come_back_after_threads_that_overlap() -> None:
+    before = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    first, second = no_library_bars(), no_library_bars()
+    try:
+        set_bars(True, True)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not logging.is_progress_bar_enabled()
+        second.__exit__(None, None, None)
+        assert logging.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
     finally:
         set_bars(*before)
 
