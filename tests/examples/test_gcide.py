@@ -278,6 +278,19 @@ def test_kept_scores_are_of_the_same_texts(tiny: ModuleType, tmp_path: Path) -> 
     assert file.read("model", {"test": text(stream, 4)}) is None
 
 
+def test_the_folder_of_work_may_be_relative(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = importlib.import_module("lab.experiment").Experiment(
+        SETTINGS, str(tiny.model), tiny.tokens, {}, Path("work"), "cpu"
+    )
+    folder = experiment.folder({"name": "1 layer"})
+    folder.mkdir(parents=True)
+    (folder / "timing.json").write_text('{"seconds": 2}')
+    assert experiment.seconds(folder) == experiment.seconds(folder.name) == 2
+
+
 def test_sampling_into_reserved_memory_is_sampling(
     tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
