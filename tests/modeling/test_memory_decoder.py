@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from memdec import MemoryDecoderForCausalLM
 from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE, MemoryDecoderCache
-from memdec.modeling.loading import load_model
+from memdec.modeling.loading import load_model, load_shape
 
 LMBDA = 0.4
 # (base, memory): absolute and rotary positions, sliding windows of 5 in either, no positions at all
@@ -673,7 +674,10 @@ def test_a_directory_without_a_pair_is_refused(saved_base: Path) -> None:
         MemoryDecoderForCausalLM.from_pretrained(saved_base)
 
 
-def test_a_pair_in_place_of_one_model_is_refused(saved_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_model, load_shape])
+def test_a_pair_in_place_of_one_model_is_refused(
+    load: Callable[[Path], Any], saved_base: Path, tmp_path: Path
+) -> None:
     joint_of(saved_base).save_pretrained(tmp_path / "pair")
     with pytest.raises(MemdecError, match="is a saved base and memory, expected one model"):
-        load_model(tmp_path / "pair")
+        load(tmp_path / "pair")
