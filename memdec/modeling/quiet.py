@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from threading import Lock
 from typing import Any
 
@@ -12,10 +13,11 @@ from huggingface_hub.utils import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
-_GGUF_READER: Any = modeling_gguf_pytorch_utils
+_GGUF_READER: Any = None
+with suppress(ImportError):  # a bar is no reason to fail where transformers reads otherwise
+    _GGUF_READER = import_module("transformers.modeling_gguf_pytorch_utils")
 _turn = Lock()
 _inside = 0
 _hidden = ExitStack()
