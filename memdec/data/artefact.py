@@ -260,12 +260,11 @@ def stage(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MemdecError(f"cannot make the directory {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        if not (path / MANIFEST).exists():
-            raise MemdecError(f"cannot write in {path}: it can only be read")
+    lock = _open_lock(path)
+    if lock is None:
         yield _finished_writer(path, request)
         return
-    with open(path / LOCK, "w") as lock:
+    with lock:
         _lock(lock, fcntl.LOCK_EX, path)
         writer = _open_writer(path, request)
         if shared:
@@ -282,18 +281,30 @@ def joined_stage(path: Path, member: int) -> Iterator[StageWriter]:
     """A further writer of a stage that another process holds open as shared.
 
     It knows the files and notes that were recorded before it joined. While it lives, nobody else can
-    open the stage, also when the process that opened it has died.
+    open the stage, also when the process that opened it has died; a finished one it leaves alone.
 
     Args:
         member: number of this process, at least 1 and its own.
     """
+    records = f"progress-{member}.json"
+    if (path / MANIFEST).exists():  # nothing is left to write, perhaps nothing can be
+        writer = StageWriter(path, {"files": {}, "notes": {}}, records)
+        writer.finished = True
+        yield writer
+        return
     with open(path / LOCK, "a") as lock:
         _lock(lock, fcntl.LOCK_SH, path)
-        finished = (path / MANIFEST).exists()
-        progress = {"files": {}, "notes": {}} if finished else _read_json(path / PROGRESS)
-        writer = StageWriter(path, progress, f"progress-{member}.json")
-        writer.finished = finished
-        yield writer
+        yield StageWriter(path, _read_json(path / PROGRESS), records)
+
+
+def _open_lock(path: Path) -> IO[str] | None:
+    """None where a finished artefact can only be read: nobody writes it, so none is needed."""
+    try:
+        return open(path / LOCK, "w")
+    except OSError as error:
+        if (path / MANIFEST).exists():
+            return None
+        raise MemdecError(f"cannot write in {path}: {error.strerror}") from error
 
 
 def _lock(file: IO[str], kind: int, path: Path) -> None:

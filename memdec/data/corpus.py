@@ -19,7 +19,7 @@ import numpy as np
 from memdec.config import Config, option, require
 from memdec.console import Progress, say
 from memdec.data.artefact import Artefact, StageWriter, stage
-from memdec.data.documents import Documents, collect, read_corpus, read_dataset
+from memdec.data.documents import Documents, collect, is_hidden, read_corpus, read_dataset
 from memdec.data.stream_writer import StreamWriter, shard_name
 from memdec.errors import MemdecError
 
@@ -112,7 +112,8 @@ def prepare(config: PrepareConfig, out: Path) -> Artefact:
 
 def _check_apart(corpus: Path, out: Path) -> None:
     """Raises :class:`MemdecError` when a rerun would read results as text."""
-    if out.resolve().is_relative_to(corpus.resolve()):
+    inner, outer = out.resolve(), corpus.resolve()
+    if inner.is_relative_to(outer) and not is_hidden(inner, outer):
         raise MemdecError(f"{out} lies in the corpus {corpus}; choose a directory outside it")
 
 

@@ -99,11 +99,7 @@ def text_files(corpus: Path) -> list[Path]:
         return [corpus]
     if not corpus.is_dir():
         raise MemdecError(f"expected a text file or a directory of them, found none at {corpus}")
-    seen = [
-        path
-        for path in corpus.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(corpus).parts)
-    ]
+    seen = [path for path in corpus.rglob("*") if not is_hidden(path, corpus)]
     for path in seen:
         if path.is_symlink() and path.is_dir():
             say_once(f"{path} is a link to a directory, which is not read")
@@ -114,6 +110,11 @@ def text_files(corpus: Path) -> list[Path]:
             "name a single file to read it whatever it is called"
         )
     return sorted(found, key=lambda path: path.relative_to(corpus).parts)
+
+
+def is_hidden(path: Path, corpus: Path) -> bool:
+    """Whether a name on the way from `corpus` to `path` begins with a dot: nothing there is read."""
+    return any(part.startswith(".") for part in path.relative_to(corpus).parts)
 
 
 def read_dataset(name: str, subset: str | None, text_field: str) -> Iterator[str]:

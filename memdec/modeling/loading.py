@@ -75,15 +75,7 @@ def load_model(
     device = pick_device(device) if isinstance(device, str) else device
     source, options = _source(name)
     with _quiet_unless_terminal(), _one_line_errors("model", name):
-        config = AutoConfig.from_pretrained(source, **options)
-        if config.model_type == "memory_decoder":
-            raise MemdecError(
-                f"{name} is a saved base and memory, expected one model, such as {name}/memory"
-            )
-        if not _is_decoder_only(config):
-            raise MemdecError(
-                f"{name} is a {config.model_type} model, expected a decoder-only language model"
-            )
+        _decoder_config(name, source, options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **options
         )
@@ -106,11 +98,11 @@ def load_shape(name: str | Path) -> PreTrainedModel:
     """The model of :func:`load_model` without its weights, on the device ``meta``, to count by.
 
     Raises:
-        MemdecError: no such model.
+        MemdecError: no such model, or not a decoder-only language model.
     """
     source, options = _source(name)
     with _quiet_unless_terminal(), _one_line_errors("model", name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **options))
+        return AutoModelForCausalLM.from_config(_decoder_config(name, source, options))
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -190,6 +182,19 @@ def compare_tokenizers(
     )
     more = f", and {len(differing) - 3:,} more" if len(differing) > 3 else ""
     raise MemdecError(f"the tokenizers of {names[0]} and {names[1]} differ: {shown}{more}")
+
+
+def _decoder_config(name: str | Path, source: Path, options: dict[str, Any]) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(source, **options)
+    if config.model_type == "memory_decoder":
+        raise MemdecError(
+            f"{name} is a saved base and memory, expected one model, such as {name}/memory"
+        )
+    if not _is_decoder_only(config):
+        raise MemdecError(
+            f"{name} is a {config.model_type} model, expected a decoder-only language model"
+        )
+    return config
 
 
 def _is_decoder_only(config: PreTrainedConfig) -> bool:

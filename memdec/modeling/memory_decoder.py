@@ -180,9 +180,10 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             MemdecError: no such directory, no base where it should be, tokenizers that differ.
             TypeError: an argument of transformers' own method that means nothing here.
         """
-        # The auto class leaves most of its own at None or False.
-        given = {name for name, value in kwargs.items() if value and not name.startswith("_")}
-        if asked := given - {"adapter_kwargs"}:
+        # The auto class leaves most of its own at None or False; 0 is a value that somebody gave.
+        own = {"adapter_kwargs", *(name for name in kwargs if name.startswith("_"))}
+        own |= {name for name, value in kwargs.items() if value is None or value is False}
+        if asked := kwargs.keys() - own:
             raise TypeError(
                 "a base and memory are loaded with base, device and dtype, "
                 f"got {', '.join(sorted(asked))}"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from data_tiny import contents
 
-from memdec.data.artefact import Artefact, clear_disk_errors, fingerprint, stage
+from memdec.data.artefact import LOCK, Artefact, clear_disk_errors, fingerprint, joined_stage, stage
 from memdec.errors import MemdecError
 
 PARAMS = {"k": 3, "spec": None}
@@ -290,21 +290,27 @@ def test_a_kill_at_every_step_changes_nothing_in_the_end(tmp_path):
     assert step > 20  # so many moments were tried
 
 
-def test_a_directory_that_can_only_be_read(tmp_path, monkeypatch):
-    """A finished stage is, with another request it is refused, and nothing else can begin there."""
+def test_a_directory_that_can_only_be_read(tmp_path):
+    """A finished stage is, with another request it is refused, and nothing else can begin there.
+
+    So it is where the directory is shared, and the lock another user's.
+    """
     write_all(tmp_path / "done")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "done" / LOCK).unlink()
+    for name in ("done", "empty"):
+        (tmp_path / name / LOCK).mkdir(parents=True)  # whoever may write: this cannot be opened
     before = contents(tmp_path)
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever the mode says
-    with stage(tmp_path / "done", "example", PARAMS, INPUTS) as writer:
+    with stage(tmp_path / "done", "example", PARAMS, INPUTS, shared=True) as writer:
         assert writer.finished
+        with joined_stage(tmp_path / "done", 1) as other:
+            assert other.finished
     with (
         pytest.raises(MemdecError, match="k"),
         stage(tmp_path / "done", "example", {**PARAMS, "k": 4}, INPUTS),
     ):
         pass
     with (
-        pytest.raises(MemdecError, match="can only be read"),
+        pytest.raises(MemdecError, match=r"cannot write in .*empty: Is a directory"),
         stage(tmp_path / "empty", "example", PARAMS, INPUTS),
     ):
         pass

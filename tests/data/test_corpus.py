@@ -287,6 +287,14 @@ def test_results_in_the_corpus_are_refused(options, tmp_path):
     assert not (corpus / "memory").exists()
 
 
+def test_results_may_be_hidden_in_the_corpus(options, tmp_path):
+    """What begins with a dot is not read."""
+    corpus = write_corpus(tmp_path / "corpus", documents(20))
+    options = {**options, "corpus": corpus}
+    found = [prepare(PrepareConfig(**options), corpus / ".memory" / out) for out in ("1", "2")]
+    assert found[0].manifest == found[1].manifest
+
+
 def test_a_file_that_is_not_text_leaves_nothing_behind(options, tmp_path):
     write_corpus(tmp_path / "corpus", documents(5))
     (tmp_path / "corpus" / "0002.txt").write_bytes(b"\0\1\2")

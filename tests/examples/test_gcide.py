@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from memdec.data.artefact import stage
 from memdec.data.corpus import KIND, SPLITS, TokenCorpus
@@ -278,6 +280,19 @@ def test_kept_scores_are_of_the_same_texts(tiny: ModuleType, tmp_path: Path) -> 
     assert file.read("model", {"test": text(stream, 4)}) is None
 
 
+def test_the_folder_of_work_may_be_relative(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = importlib.import_module("lab.experiment").Experiment(
+        SETTINGS, str(tiny.model), tiny.tokens, {}, Path("work"), "cpu"
+    )
+    folder = experiment.folder({"name": "1 layer"})
+    folder.mkdir(parents=True)
+    (folder / "timing.json").write_text('{"seconds": 2}')
+    assert experiment.seconds(folder) == experiment.seconds(folder.name) == 2
+
+
 def test_sampling_into_reserved_memory_is_sampling(
     tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,3 +328,12 @@ def test_prepared_tokens_are_the_same_after_a_run_that_was_cut_off(tiny, tmp_pat
     assert once.fingerprint == twice.fingerprint
     train = corpus.split("train")
     assert np.array_equal(twice.split("train").read(0, len(train)), train.read(0, len(train)))
+
+
+def test_prepared_tokens_may_have_ids_that_skip_some(tmp_path: Path) -> None:
+    vocabulary = models.WordLevel({"<end>": 0, "far": 9}, unk_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary))
+    documents = {name: [np.array([9], dtype=np.int32)] for name in SPLITS}
+    with stage(tmp_path, KIND, {}, {}) as writer:
+        importlib.import_module("lab.texts").write_prepared(writer, tokenizer, 0, documents)
+    assert TokenCorpus.open(tmp_path).split("train").read(0, 2).tolist() == [0, 9]

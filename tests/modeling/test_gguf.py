@@ -5,11 +5,13 @@ The fixture ``smollm2`` says where that comes from.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -19,6 +21,7 @@ from tiny_models import tiny_model
 from transformers.utils import logging
 
 from memdec import MemoryDecoderForCausalLM
+from memdec.modeling import quiet
 from memdec.modeling.key_layer import KeyRecorder
 from memdec.modeling.loading import (
     compare_tokenizers,
@@ -29,6 +32,7 @@ from memdec.modeling.loading import (
     tokenizer_fingerprint,
 )
 from memdec.modeling.memory_init import initial_memory, keep_layers
+from memdec.modeling.quiet import no_library_bars
 
 IDS = torch.tensor([[3, 4, 5, 9, 8, 7]])
 
@@ -125,6 +129,34 @@ def test_loading_leaves_the_libraries_bars_as_they_were(
         assert "GGUF" in capsys.readouterr().err  # the reader's own bar is back as well
     finally:
         set_bars(*before)
+
+
+def test_bars_come_back_after_threads_that_overlap() -> None:
+    before = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    first, second = no_library_bars(), no_library_bars()
+    try:
+        set_bars(True, True)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not logging.is_progress_bar_enabled()
+        second.__exit__(None, None, None)
+        assert logging.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
+    finally:
+        set_bars(*before)
+
+
+def test_bars_are_hidden_where_transformers_has_another_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.modeling_gguf_pytorch_utils", None)
+    monkeypatch.delattr(transformers, "modeling_gguf_pytorch_utils", raising=False)
+    fresh = runpy.run_path(str(Path(quiet.__file__)))
+    before = logging.is_progress_bar_enabled()
+    with fresh["no_library_bars"]():
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled() == before
 
 
 def set_bars(shown: bool, of_hub: bool) -> None:

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from memdec import MemoryDecoderForCausalLM
 from memdec.errors import MemdecError
 from memdec.modeling.cache import CACHE, MemoryDecoderCache
-from memdec.modeling.loading import load_model
+from memdec.modeling.loading import load_model, load_shape
 
 LMBDA = 0.4
 # (base, memory): absolute and rotary positions, sliding windows of 5 in either, no positions at all
@@ -599,6 +600,8 @@ def test_auto_classes_and_pipelines_know_a_saved_pair(saved_base: Path, tmp_path
     assert again.config.lmbda == 0.25
     with pytest.raises(TypeError, match="base, device and dtype, got device_map"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map="auto")
+    with pytest.raises(TypeError, match="base, device and dtype, got lmbda"):
+        MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair", lmbda=0.0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pair")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -671,7 +674,10 @@ def test_a_directory_without_a_pair_is_refused(saved_base: Path) -> None:
         MemoryDecoderForCausalLM.from_pretrained(saved_base)
 
 
-def test_a_pair_in_place_of_one_model_is_refused(saved_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_model, load_shape])
+def test_a_pair_in_place_of_one_model_is_refused(
+    load: Callable[[Path], Any], saved_base: Path, tmp_path: Path
+) -> None:
     joint_of(saved_base).save_pretrained(tmp_path / "pair")
     with pytest.raises(MemdecError, match="is a saved base and memory, expected one model"):
-        load_model(tmp_path / "pair")
+        load(tmp_path / "pair")

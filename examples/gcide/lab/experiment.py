@@ -53,6 +53,7 @@ class Experiment:
         device: str,
         seed: int = 0,
     ) -> None:
+        work = work.resolve()  # stages are named by their path, or by their name in it
         self._arguments = (settings, base, tokens, outside, work, device)
         self.settings = settings
         self.tokens = tokens

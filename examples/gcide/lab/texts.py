@@ -11,6 +11,7 @@ import numpy as np
 from memdec.data.artefact import StageWriter
 from memdec.data.corpus import SHARD_TOKENS, TokenStream
 from memdec.data.stream_writer import StreamWriter
+from memdec.modeling.loading import vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def write_prepared(
     writer.finish(
         splits=splits,
         separator_id=separator,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         dtype="int32",
         counts={},
     )
