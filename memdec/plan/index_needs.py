@@ -94,9 +94,9 @@ class IndexNeeds:
         if self.exact:
             return self._to_search_all(queries)
         host, lists = index_cost(self.spec, self.size, self.width)
-        share = min(nprobe / lists, 1.0) if lists else 1.0
         one_each = 2 * queries * self.width
-        operations = {"products": one_each * lists, "in_lists": one_each * self.size * share}
+        in_lists = one_each * self.size * min(nprobe / lists, 1.0) if lists else 0.0
+        operations = {"products": one_each * (lists or self.size), "in_lists": in_lists}
         gpus = len(self.machine.faiss_gpus)
         device = self._copy_bytes(gpus) if gpus else 0
         why_not = self._why_not_on_gpus(k, device, beside)

@@ -120,3 +120,9 @@ def test_making_an_index():
     assert build(GPU, "Flat") == IndexNeed(0.0)
     twice = IndexNeeds(AUTO, 2 * SIZE, WIDTH, CPU).to_build(0).seconds
     assert build(CPU).seconds < twice < 2 * build(CPU).seconds  # the sample is as large
+
+
+@pytest.mark.parametrize("spec", ["SQfp16", "HNSW32"])
+def test_an_index_without_lists_takes_no_longer_than_products_with_all_keys(spec):
+    assert search(CPU, spec).seconds == search(CPU, "SQ8").seconds
+    assert search(CPU, spec).seconds < search(CPU, "IVF1,SQfp16").seconds
