@@ -77,10 +77,9 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _ops() -> Iterator[tuple[str, str]]:
     from memdec import ops
 
-    on = {device: _implementation(device) for device in ("cpu", "cuda")}
-    functions = [name for name in ops.__all__ if name.islower()]
-    for name in functions:
-        yield name, "; ".join(f"{device} {found}" for device, found in on.items())
+    yield "all of", ", ".join(name for name in ops.__all__ if name.islower())
+    for device in ("cpu", "cuda"):
+        yield f"on {device}", _implementation(device)
 
 
 def _implementation(device: str) -> str:
