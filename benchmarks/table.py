@@ -322,12 +322,11 @@ def _whole_outcome(result: dict) -> list[str]:
         cells = [row["name"], number[0], f"{number[1]} to {number[2]}"]
         cells.append("" if row["lmbda"] is None else f"{row['lmbda']:.2f}")
         cells.append(f"{row['parameters'] / 1e6:.1f} M")
-        if row["name"] == "base":
-            cells += ["", ""]
-        else:
-            cells += [f"{row['tail_gain']:.2f}", f"{row['function_words']:.2f}"]
+        for measure in ("tail_gain", "function_words"):  # infinite, or of no token, is None
+            known = row["name"] != "base" and row[measure] is not None
+            cells.append(f"{row[measure]:.2f}" if known else "")
         lines.append("| " + " | ".join(cells) + " |")
-    if "index" in sizes:
+    if sizes.get("keys"):
         (memory,) = (2 * row["parameters"] for row in found["rows"] if row["name"] == "memory")
         lines += [
             "",

@@ -90,10 +90,8 @@ def evidence_lmbda(
     Args:
         base, other: log-probabilities of the labels, [positions].
     """
-    gains = np.zeros(len(base))  # also where neither gives the label any mass
-    known = ~(np.isneginf(base) & np.isneginf(other))
-    np.subtract(other, base, out=gains, where=known, dtype=np.float64)
-    gains = _shifted(gains)
+    with np.errstate(invalid="ignore"):  # NaN where neither gives the label any mass
+        gains = _shifted(other.astype(np.float64) - base)
     continues = _continues(stream, len(base), block_size)
     rows = (_rows(values, block_size) for values in (gains, continues))
     return posterior(*rows).flatten().numpy()[: len(base)]
