@@ -48,10 +48,10 @@ def test_sparse_kl(contest, device, shape, dtype, target, reduction, upstream, c
     if target == "600 entries" and (contender != "memdec" or device == "cpu"):
         pytest.skip("the others are slower with 64 already")
     two_passes = dtype == torch.float16 or reduction == "none"
-    if two_passes and (device == "cpu" or shape[0] != 8192 or contender == "compiled"):
-        pytest.skip("one shape shows what two passes cost")
+    if two_passes and (device == "cpu" or contender == "compiled"):
+        pytest.skip("on a GPU, beside eager code")
     if reduction == "none" and dtype != torch.bfloat16:
-        pytest.skip("and one dtype")
+        pytest.skip("one dtype shows it")
     if contender == "compiled" and shape[1] == 128256:
         pytest.skip("the shapes on both sides show it")
     if dtype == torch.float32 and device == "cuda" and shape[1] > 100_000:
