@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from memdec.data.neighbours import Neighbours
 from memdec.data.targets import NeighbourRows, TargetRows
+from memdec.processes import join_processes
 from memdec.training.batch_targets import BatchTargets, StoredNeighbours, StoredTargets
 from memdec.training.batches import BlockCollator
 from memdec.training.block_trainer import BlockTrainer
@@ -123,6 +124,7 @@ def make_trainer(
 def main(
     out: str, batch: str, accumulation: str, taught_by: str, device: str, isolated: str = ""
 ) -> None:
+    join_processes(device)  # and leave them at exit
     with tempfile.TemporaryDirectory() as work:
         trainer = make_trainer(
             Path(work), int(batch), int(accumulation), taught_by, device, bool(isolated)
