@@ -27,9 +27,9 @@ PAGES = {
     ),
     "gcide.md": (
         GCIDE / "table.py",
-        [GCIDE / "results" / f"h{run}.json" for run in ("100", "200", "200-seed-1", "200-seed-2")],
+        [path for path in (GCIDE / "results").glob("h*.json") if "marks" not in path.name],
     ),
-    "gcide-more.md": (GCIDE / "part_tables.py", [GCIDE / "results" / "parts-h200.json"]),
+    "gcide-more.md": (GCIDE / "part_tables.py", [GCIDE / "results" / "parts.json"]),
     "tutorial.md": (ROOT / "examples" / "table.py", [WORDNET / "two-cores.json"]),
 }
 

@@ -13,7 +13,6 @@ against the base on the same path.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,10 @@ QWEN_05B = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
 QWEN_05B |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
 QWEN_TOKENS = 151665  # len(tokenizer) of Qwen2.5
 
+RETRIEVAL = "in-context retrieval"
+
 Decode = Callable[[Tensor, int], Tensor]  # prompts [batch, length], new tokens: [batch, new]
+Contender = tuple[str, str, Decode]  # a path's name, and a row's
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     options.add_argument("--retrieved", type=int, default=512, help="tokens retrieved before it")
     options.add_argument("--new", type=int, default=48, help="tokens to add")
-    options.add_argument("--repeats", type=int, default=3, help="timed runs, after one untimed")
+    options.add_argument("--repeats", type=int, default=7, help="timed rounds, after one untimed")
     options = options.parse_args(arguments)
     lengths = Lengths(options.prompt, options.retrieved, options.new, options.repeats)
     experiment = open_experiment(options)
@@ -90,13 +92,13 @@ def _real(experiment: Experiment, memory_path: str, lengths: Lengths) -> Iterato
     pair = MemoryDecoderForCausalLM.from_models(
         base, memory, lmbda=LMBDA, tokenizer=experiment.corpus.tokenizer()
     )
-    contenders: list[tuple[str, str, Decode]] = [
-        ("generate", "base", generating(base)),
+    contenders: list[Contender] = [
+        *_of_base("generate", lambda: generating(base)),
         ("generate", "base and memory", generating(pair)),
-        ("loop", "base", looping(base)),
+        *_of_base("loop", lambda: looping(base)),
         ("loop", "base and memory", looping(pair)),
         ("loop", "kNN-LM", searching(base, store, k_of(store))),
-        ("graph", "base", StaticLoop([base], width)),
+        *_of_base("graph", lambda: StaticLoop([base], width)),
         ("graph", "base and memory", StaticLoop([base, memory], width)),
     ]
     longest = lengths.prompt + lengths.retrieved
@@ -116,10 +118,10 @@ def _shapes(experiment: Experiment, lengths: Lengths) -> Iterator[dict[str, Any]
     base, memory = models
     pair = MemoryDecoderForCausalLM.from_models(base, memory, lmbda=LMBDA)
     pair.config.tokenizer_size = QWEN_TOKENS
-    contenders = [
-        ("generate", "base", generating(base)),
+    contenders: list[Contender] = [
+        *_of_base("generate", lambda: generating(base)),
         ("generate", "base and memory", generating(pair)),
-        ("graph", "base", StaticLoop([base], QWEN_TOKENS)),
+        *_of_base("graph", lambda: StaticLoop([base], QWEN_TOKENS)),
         ("graph", "base and memory", StaticLoop([base, memory], QWEN_TOKENS)),
     ]
     generator = torch.Generator().manual_seed(0)
@@ -128,39 +130,59 @@ def _shapes(experiment: Experiment, lengths: Lengths) -> Iterator[dict[str, Any]
     yield from _time_all(contenders, prompts, lengths, None)
 
 
+def _of_base(path: str, make: Callable[[], Decode]) -> list[Contender]:
+    """The base on a path; once more for a longer prompt, since a graph is of one length."""
+    return [(path, "base", make()), (path, RETRIEVAL, make())]
+
+
 def _time_all(
-    contenders: Sequence[tuple[str, str, Decode]],
+    contenders: Sequence[Contender],
     prompts: Tensor,
     lengths: Lengths,
     keys: int | None,
 ) -> Iterator[dict[str, Any]]:
-    """A row a contender and batch; the base once more on each path behind a longer prompt."""
-    for path, name, decode in contenders:
-        cases = [(name, lengths.prompt)]
-        if name == "base":
-            cases.append(("in-context retrieval", lengths.prompt + lengths.retrieved))
-        for called, length in cases:
-            for batch in BATCHES:
-                times = _time(decode, prompts[:batch, -length:].contiguous(), lengths)
-                row = {"path": path, "name": called, "batch": batch, **times}
-                yield row | ({"keys": keys} if name == "kNN-LM" else {})
-                say(f"{path}, {called}, {batch}: {1e3 * times['token']:.2f} ms a token")
+    """A row a contender and batch; those of a batch take turns, so that what disturbs one meets all."""
+    for batch in BATCHES:
+        short, long = (
+            prompts[:batch, -length:].contiguous()
+            for length in (lengths.prompt, lengths.prompt + lengths.retrieved)
+        )
+        runs = [(decode, long if name == RETRIEVAL else short) for _, name, decode in contenders]
+        timed = _time(runs, lengths)
+        for (path, name, _), times in zip(contenders, timed, strict=True):
+            row = {"path": path, "name": name, "batch": batch, **times}
+            yield row | ({"keys": keys} if name == "kNN-LM" else {})
+            low, high = (1e3 * end for end in times["quartiles"])
+            say(f"{path}, {name}, {batch}: {low:.2f} to {high:.2f} ms a token")
 
 
-def _time(decode: Decode, prompts: Tensor, lengths: Lengths) -> dict[str, float]:
-    """Seconds, medians: `token`, of one more; `first`, until the first; `answer`, of all."""
-    seconds: dict[int, list[float]] = {1: [], lengths.new: []}
-    for repeat in range(1 + lengths.repeats):
-        for new, found in seconds.items():
-            _wait(prompts)
-            start = time.perf_counter()
-            decode(prompts, new)
-            _wait(prompts)
-            if repeat:
-                found.append(time.perf_counter() - start)
-    first, answer = (statistics.median(found) for found in seconds.values())
-    gc.collect()
-    return {"token": (answer - first) / (lengths.new - 1), "first": first, "answer": answer}
+def _time(runs: Sequence[tuple[Decode, Tensor]], lengths: Lengths) -> list[dict[str, Any]]:
+    """Of each run in seconds, medians: `first`, until the first token; `answer`, until the last.
+
+    `token` is the median, `quartiles` the first and third, of what one more token took in a round.
+    """
+    seconds = np.empty((1 + lengths.repeats, len(runs), 2))
+    for turn in range(len(seconds)):
+        for number, (decode, prompts) in enumerate(runs):
+            for which, new in enumerate((1, lengths.new)):
+                _wait(prompts)
+                start = time.perf_counter()
+                decode(prompts, new)
+                _wait(prompts)
+                seconds[turn, number, which] = time.perf_counter() - start
+        gc.collect()
+    first, answer = np.moveaxis(seconds[1:], 2, 0)  # the first round is not timed
+    token = (answer - first) / (lengths.new - 1)
+    low, middle, high = np.quantile(token, (0.25, 0.5, 0.75), axis=0)
+    return [
+        {
+            "token": float(middle[number]),
+            "quartiles": [float(low[number]), float(high[number])],
+            "first": float(np.median(first[:, number])),
+            "answer": float(np.median(answer[:, number])),
+        }
+        for number in range(len(runs))
+    ]
 
 
 def _wait(tensor: Tensor) -> None:

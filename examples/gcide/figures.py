@@ -1,7 +1,7 @@
 """Draws the pictures of docs/gcide.md from results of run.py.
 
-    python examples/gcide/figures.py examples/gcide/results/h100.json \\
-        examples/gcide/results/h200.json docs
+    cd examples/gcide/results
+    python ../figures.py h100.json h200.json h100-seed-0.json h100-more-samples.json ../../../docs
 
 Rows and training are those of the first result. What a row costs is drawn of all: where several have a
 row, the first one's.
@@ -72,34 +72,42 @@ def training(result: Mapping[str, Any], axes: Axes) -> None:
 
 
 def cost(results: Sequence[Mapping[str, Any]], axes: Axes) -> None:
-    """What is kept for a row beside the base, or in its place, against its perplexity on test."""
+    """What is kept for a row beside the base, or in its place, against its perplexity on test.
+
+    Of models of one size the best is named.
+    """
     shown = {row["name"]: row for result in reversed(results) for row in result["rows"]}
-    found = [(kept_bytes(row) / 1e6, _best(row), name) for name, row in shown.items()]
-    found = [point for point in found if point[0]]
-    across, up, _ = zip(*found, strict=True)
-    axes.plot(across, up, "o", color=COLOURS[0])
+    kept = {name: kept_bytes(row) / 1e6 for name, row in shown.items() if kept_bytes(row)}
+    named: dict[Any, str] = {}
+    for name in sorted(kept, key=lambda one: (_best(shown[one]), len(one))):
+        model = shown[name]["setting"]["kind"] in ("memory", "adapted")
+        named.setdefault(kept[name] if model else name, name)
+    points = {name: (kept[name], _best(shown[name])) for name in kept}
+    axes.plot(*zip(*points.values(), strict=True), "o", color=COLOURS[0])
     axes.set_xscale("log")
     axes.set_yscale("log")
     base = next(row for row in shown.values() if row["setting"]["kind"] == "base")
     axes.axhline(_best(base), color=GREY, linewidth=1)
-    axes.annotate("base", (min(across), _best(base)), (0, 3), textcoords="offset points")
+    least, most = min(kept.values()), max(kept.values())
+    axes.annotate("base", (least, _best(base)), (0, 3), textcoords="offset points")
     ticks = [8, 10, 12, 15, 20, 25]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([10, 100, 1000], ["10", "100", "1,000"])
     axes.minorticks_off()
-    axes.set_xlim(min(across) / 1.5, max(across) * 6)
-    low, high = min(up) / 1.06, _best(base) * 1.1
-    axes.set_ylim(low, high)
-    line = 0.034 * math.log(high / low)  # the height of a line of text
-    top = dict.fromkeys(across, -math.inf)  # of the labels at a place
-    for x, y, name in sorted(found, key=lambda point: point[1]):
-        right = [(other / x, abs(math.log(height / y))) for other, height, _ in found if other > x]
-        left = any(times < 2 for times, _ in right)
-        raised = not left and any(times < 4 and apart < line for times, apart in right)
-        top[x] = max(math.log(y) + raised * line, top[x] + line)
-        where = {"ha": "right", "xytext": (-6, 0)} if left else {"xytext": (6, 0)}
-        at = (x, math.exp(top[x]))
-        axes.annotate(name, at, textcoords="offset points", va="center", size=8, **where)
+    axes.set_xlim(least / 1.5, most * 6)
+    for name in named.values():
+        x, y = points[name]
+        beside = [
+            other > x
+            for other, height in points.values()
+            if other != x and 1 / 4 < other / x < 4 and abs(math.log(height / y)) < 0.05
+        ]
+        where: dict[str, Any] = {"xytext": (6, -3)}
+        if any(beside):  # something stands to the right
+            where = {"xytext": (-6, -3), "ha": "right"}
+            if not all(beside):
+                where = {"xytext": (0, -14), "ha": "center"}
+        axes.annotate(name, (x, y), textcoords="offset points", size=8, **where)
     axes.set_xlabel("MB kept, in 16 bits")
     axes.set_ylabel("perplexity")
 

@@ -1,6 +1,6 @@
 """Prints the tables of docs/gcide-more.md from a result of cloze.py, bases.py, transfer.py, decoding.py.
 
-python examples/gcide/part_tables.py examples/gcide/results/parts-h200.json [part ...]
+python examples/gcide/part_tables.py examples/gcide/results/parts.json [part ...]
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def decoding(part: Part) -> Iterator[str]:
     lengths = part["lengths"]
     yield (
         f"{part['dtype']}, prompts of {lengths['prompt']} tokens, {lengths['new']} new ones, "
-        f"{lengths['retrieved']} retrieved; medians of {lengths['repeats']} runs."
+        f"{lengths['retrieved']} retrieved; medians of {lengths['repeats']} rounds, of a token its quartiles too."
     )
     yield ""
     batches = sorted({row["batch"] for row in part["rows"]})
@@ -102,8 +102,10 @@ def decoding(part: Part) -> Iterator[str]:
             if row is None or base is None:
                 cells += [""] * 4
                 continue
-            for what in ("token", "answer"):
-                cells += [f"{1e3 * row[what]:.2f}", f"{row[what] / base[what]:.2f}"]
+            low, high = row["quartiles"]
+            token = f"{1e3 * row['token']:.2f} ({1e3 * low:.2f} to {1e3 * high:.2f})"
+            for what, cell in (("token", token), ("answer", f"{1e3 * row['answer']:.2f}")):
+                cells += [cell, f"{row[what] / base[what]:.2f}"]
         yield f"| {path} | {name} | {' | '.join(cells)} | {PAPER[name]:.2f} |"
 
 

@@ -25,6 +25,7 @@ def tables(paths: Iterable[Path]) -> str:
     for path in paths:
         result = json.loads(path.read_text())
         shared = [result[fact] for fact in ("inputs", "settings", "train_tokens", "held_out")]
+        shared.append(result["machine"]["device"])
         experiments.setdefault(json.dumps(shared, sort_keys=True), []).append(result)
     return "\n\n".join(
         _tables(sorted(results, key=lambda result: result.get("seed", 0)))

@@ -201,9 +201,16 @@ def test_a_row_that_fails_costs_no_other(
 
 def test_figures_are_drawn(results: tuple[dict, dict, Path], tmp_path: Path) -> None:
     importlib.import_module("figures").draw([results[2]], tmp_path)
-    for picture in ("rows", "cost"):
-        drawn = (tmp_path / f"gcide-{picture}.svg").read_text()
-        assert all(row["name"] in drawn for row in SETTINGS["rows"][1:])
+    rows, cost = ((tmp_path / f"gcide-{name}.svg").read_text() for name in ("rows", "cost"))
+    assert all(row["name"] in rows for row in SETTINGS["rows"][1:])
+    sizes: dict[int, list[dict]] = {}
+    for row in results[0]["rows"]:
+        if row["setting"]["kind"] == "memory":
+            sizes.setdefault(row["parameters"], []).append(row)
+    assert any(len(alike) > 1 for alike in sizes.values())
+    for alike in sizes.values():
+        best = min(alike, key=lambda row: row["perplexity"]["gated"]["test"]["perplexity"])
+        assert [row["name"] for row in alike if f">{row['name']}<" in cost] == [best["name"]]
 
 
 def test_a_residual_completes_the_base_to_the_teacher() -> None:
