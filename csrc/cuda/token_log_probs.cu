@@ -43,10 +43,8 @@ __global__ void __launch_bounds__(kThreads)
   const float grad = args.grad_out[row];
   for (int i = threadIdx.x; i < width; i += kThreads) {
     float value = 0.f;
-    if (!ignored && !in_range) {
-      value = NAN;
-    } else if (!ignored && i < vocab) {
-      const float log_prob = log_softmax(to_float(logits[i]), stats, 1.f);
+    if (!ignored && i < vocab) {
+      const float log_prob = in_range ? log_softmax(to_float(logits[i]), stats, 1.f) : NAN;
       value = -grad * (i == label ? expm1f(log_prob) : expf(log_prob));
     }
     grad_logits[i] = from_float<T>(value);
