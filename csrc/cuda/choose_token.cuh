@@ -1,5 +1,6 @@
-// How a block chooses one of n weighted tokens. Weights are whole numbers of 64 bits, so that sums
-// are exact: whatever adds them in whatever order finds the same token.
+// How a team of threads chooses one of n weighted tokens. Weights are whole numbers of 64 bits, so
+// that sums are exact: whatever adds them in whatever order finds the same token, be the team one
+// block or sixteen. Every thread of a team calls these functions, and gets the same result.
 #pragma once
 
 #include <cfloat>
@@ -31,14 +32,18 @@ constexpr int kBins = 1024;            // of weights, by their logarithm
 constexpr float kBinsAnOctave = 32.f;  // so that a bin holds few of many tokens
 constexpr int kMaxCandidates = 2048;
 
-// Shared memory of the functions below; free again when one returns, but for the candidates.
+// Shared memory of the functions below; free again when one returns, but for the candidates. What
+// other blocks of the team write here they write before a sync() and after the one that ends the
+// use before.
 struct ChoiceScratch {
   uint64_t bins[kBins];
-  uint64_t candidates[kMaxCandidates];  // orders (Ordering) of some tokens
+  uint64_t candidates[kMaxCandidates];  // orders (Ordering) of some tokens; a team's first block's
   int count;                            // of candidates: more than there is room for are not kept
   uint64_t values[kMaxWarps][kCuts];
+  uint64_t shares[kMaxClusterBlocks][kCuts];  // what each block of the team found
   int counts[2][kMaxWarps];
   Picked result;
+  uint64_t last;
 };
 
 // A weight in (0, 1] as a whole number: below 2^-44 of the greatest token nothing is drawn.
@@ -48,25 +53,47 @@ __device__ inline uint64_t whole_weight(float weight) {
 
 __device__ inline uint64_t greater_of(uint64_t a, uint64_t b) { return a < b ? b : a; }
 
-// The greatest of every thread's values, in every thread.
-__device__ inline uint64_t block_max(uint64_t value, ChoiceScratch& scratch) {
+// Puts numbers that all threads of this block have into shares[rank] of every block. A sync() has
+// to end their use.
+template <int kCount>
+__device__ inline void share(const Team& team, const uint64_t (&numbers)[kCount],
+                             ChoiceScratch& scratch) {
+  const int block = static_cast<int>(threadIdx.x);
+  if (block < team.blocks) {
+    ChoiceScratch& there = team.at(scratch, block);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) there.shares[team.rank][i] = numbers[i];
+  }
+  team.sync();
+}
+
+// The greatest of every thread's values.
+__device__ inline uint64_t team_max(const Team& team, uint64_t value, ChoiceScratch& scratch) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
     value = greater_of(value, __shfl_xor_sync(0xffffffffu, value, offset));
   }
   if (threadIdx.x % kWarpSize == 0) scratch.values[threadIdx.x / kWarpSize][0] = value;
   __syncthreads();
-  uint64_t result = 0;
+  uint64_t result[1] = {0};
   for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
-    result = greater_of(result, scratch.values[warp][0]);
+    result[0] = greater_of(result[0], scratch.values[warp][0]);
   }
   __syncthreads();
-  return result;
+  if (team.blocks > 1) {
+    share(team, result, scratch);
+    for (int block = 0; block < team.blocks; ++block) {
+      result[0] = greater_of(result[0], scratch.shares[block][0]);
+    }
+    team.sync();
+  }
+  return result[0];
 }
 
-// Sums over the block, in every thread.
+// Sums over the team.
 template <int kCount>
-__device__ inline void block_sums(uint64_t (&sums)[kCount], ChoiceScratch& scratch) {
+__device__ inline void team_sums(const Team& team, uint64_t (&sums)[kCount],
+                                 ChoiceScratch& scratch) {
   static_assert(kCount <= kCuts, "there is room for no more");
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -82,10 +109,20 @@ __device__ inline void block_sums(uint64_t (&sums)[kCount], ChoiceScratch& scrat
     }
   }
   __syncthreads();
+  if (team.blocks > 1) {
+    share(team, sums, scratch);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      sums[i] = 0;
+      for (int block = 0; block < team.blocks; ++block) sums[i] += scratch.shares[block][i];
+    }
+    team.sync();
+  }
 }
 
 // The sum over the threads before this one; `total` gets that over all.
-__device__ inline uint64_t block_scan(uint64_t value, uint64_t* total, ChoiceScratch& scratch) {
+__device__ inline uint64_t team_scan(const Team& team, uint64_t value, uint64_t* total,
+                                     ChoiceScratch& scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   uint64_t through = value;
 #pragma unroll
@@ -95,25 +132,39 @@ __device__ inline uint64_t block_scan(uint64_t value, uint64_t* total, ChoiceScr
   }
   if (lane == kWarpSize - 1) scratch.values[warp][0] = through;
   __syncthreads();
-  uint64_t before = through - value;
-  *total = 0;
+  uint64_t before = through - value, sum[1] = {0};
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarpSize; ++w) {
     if (w < warp) before += scratch.values[w][0];
-    *total += scratch.values[w][0];
+    sum[0] += scratch.values[w][0];
   }
   __syncthreads();
+  if (team.blocks > 1) {
+    share(team, sum, scratch);
+    sum[0] = 0;
+    for (int block = 0; block < team.blocks; ++block) {
+      if (block < team.rank) before += scratch.shares[block][0];
+      sum[0] += scratch.shares[block][0];
+    }
+    team.sync();
+  }
+  *total = sum[0];
   return before;
+}
+
+// Puts `picked` into the result of every block; by one thread.
+__device__ inline void put_result(const Team& team, const Picked& picked, ChoiceScratch& scratch) {
+  for (int block = 0; block < team.blocks; ++block) team.at(scratch.result, block) = picked;
 }
 
 // The thing in whose weight `target_of(sum of all weights)`, a number below that sum, falls when
 // weights are laid side by side. Each thread brings the next kEach of them.
 template <int kEach, typename Target>
-__device__ inline Picked pick(const uint64_t (&weights)[kEach], ChoiceScratch& scratch,
-                              Target&& target_of) {
+__device__ inline Picked pick(const Team& team, const uint64_t (&weights)[kEach],
+                              ChoiceScratch& scratch, Target&& target_of) {
   uint64_t sum = 0, total;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) sum += weights[i];
-  uint64_t before = block_scan(sum, &total, scratch);
+  uint64_t before = team_scan(team, sum, &total, scratch);
   if (total == 0) return {-1, 0, 0};
   const uint64_t target = target_of(total);
   if (before <= target && target < before + sum) {  // in one thread
@@ -121,56 +172,57 @@ __device__ inline Picked pick(const uint64_t (&weights)[kEach], ChoiceScratch& s
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (!found && target < before + weights[i]) {
-        scratch.result = {static_cast<int>(threadIdx.x) * kEach + i, target - before, weights[i]};
+        put_result(team, {team.thread() * kEach + i, target - before, weights[i]}, scratch);
         found = true;
       }
       before += weights[i];
     }
   }
-  __syncthreads();
+  team.sync();
   const Picked picked = scratch.result;
-  __syncthreads();
+  team.sync();
   return picked;
 }
 
 // The same for n weights that the threads look up.
 template <typename Weight, typename Target>
-__device__ inline Picked pick_of(int n, ChoiceScratch& scratch, Weight&& weight,
+__device__ inline Picked pick_of(const Team& team, int n, ChoiceScratch& scratch, Weight&& weight,
                                  Target&& target_of) {
-  const int threads = static_cast<int>(blockDim.x);
-  const int each = (n + threads - 1) / threads;
-  const int first = min(n, static_cast<int>(threadIdx.x) * each), end = min(n, first + each);
+  const int each = (n + team.threads() - 1) / team.threads();
+  const int first = min(n, team.thread() * each), end = min(n, first + each);
   uint64_t sums[1] = {0};
   for (int i = first; i < end; ++i) sums[0] += weight(i);
-  const Picked share = pick(sums, scratch, target_of);  // the thread's
-  if (static_cast<int>(threadIdx.x) == share.index) {
+  const Picked share = pick(team, sums, scratch, target_of);  // the thread's
+  if (share.index < 0) return share;
+  if (team.thread() == share.index) {
     uint64_t before = 0;
     for (int i = first; i < end; ++i) {
       const uint64_t of_thing = weight(i);
       if (share.rest < before + of_thing) {
-        scratch.result = {i, share.rest - before, of_thing};
+        put_result(team, {i, share.rest - before, of_thing}, scratch);
         break;
       }
       before += of_thing;
     }
   }
-  __syncthreads();
-  const Picked picked = share.index < 0 ? share : scratch.result;
-  __syncthreads();
+  team.sync();
+  const Picked picked = scratch.result;
+  team.sync();
   return picked;
 }
 
 // The sum of n weights.
 template <typename Weight>
-__device__ inline uint64_t sum_of(int n, ChoiceScratch& scratch, Weight&& weight) {
+__device__ inline uint64_t sum_of(const Team& team, int n, ChoiceScratch& scratch,
+                                  Weight&& weight) {
   uint64_t sums[1] = {0};
-  for (int i = threadIdx.x; i < n; i += blockDim.x) sums[0] += weight(i);
-  block_sums(sums, scratch);
+  for (int i = team.thread(); i < n; i += team.threads()) sums[0] += weight(i);
+  team_sums(team, sums, scratch);
   return sums[0];
 }
 
-// The k-th greatest of all threads' numbers, none below 0, or somewhat less if no more of them
-// reach that; 0 if there are fewer.
+// The k-th greatest of the numbers of a block's threads, none below 0, or somewhat less if no more
+// of them reach that; 0 if there are fewer.
 template <int kEach>
 __device__ inline float floor_of_top(const float (&values)[kEach], int k, ChoiceScratch& scratch) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -195,10 +247,10 @@ __device__ inline float floor_of_top(const float (&values)[kEach], int k, Choice
 
 // Calls f(i, level(i)) for the things of this thread; several levels are looked up at a time.
 template <typename Level, typename F>
-__device__ inline void for_each_level(int n, const Level& level, F&& f) {
+__device__ inline void for_each_level(const Team& team, int n, const Level& level, F&& f) {
   constexpr int kTogether = 8;
-  const int threads = static_cast<int>(blockDim.x);
-  for (int first = threadIdx.x; first < n; first += kTogether * threads) {
+  const int threads = team.threads();
+  for (int first = team.thread(); first < n; first += kTogether * threads) {
     float levels[kTogether];
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) levels[t] = level(min(first + t * threads, n - 1));
@@ -219,21 +271,21 @@ struct Placed {
 // `wanted`: the greatest number, from `low` to `top`, for which the weights of all things whose
 // order is not below it reach `wanted`; `low` if none does.
 template <typename Level, typename PlaceOf>
-__device__ inline uint64_t find_cut(int n, uint64_t low, uint64_t top, uint64_t wanted,
-                                    ChoiceScratch& scratch, const Level& level,
+__device__ inline uint64_t find_cut(const Team& team, int n, uint64_t low, uint64_t top,
+                                    uint64_t wanted, ChoiceScratch& scratch, const Level& level,
                                     PlaceOf&& place_of) {
   uint64_t high = top + 1;
   while (high - low > 1) {
     const uint64_t step = greater_of(1, (high - low) / (kCuts + 1));
     uint64_t reached[kCuts] = {};
-    for_each_level(n, level, [&](int i, float x) {
+    for_each_level(team, n, level, [&](int i, float x) {
       const Placed thing = place_of(i, x);
 #pragma unroll
       for (int cut = 0; cut < kCuts; ++cut) {
         if (thing.order >= low + (cut + 1) * step) reached[cut] += thing.weight;
       }
     });
-    block_sums(reached, scratch);
+    team_sums(team, reached, scratch);
     // reached[] falls: the last that suffices is the new `low`, the next one the new `high`.
     const uint64_t from = low;
     bool exact = false;
@@ -301,6 +353,32 @@ __device__ inline void sort_candidates(ChoiceScratch& scratch) {
   }
 }
 
+// Adds to a number in shared memory, in two halves: of 64 bits the atomic addition is a loop.
+__device__ inline void add_weight(uint64_t& sum, uint64_t weight) {
+  auto* halves = reinterpret_cast<uint32_t*>(&sum);
+  const uint32_t low = static_cast<uint32_t>(weight);
+  const uint32_t before = atomicAdd(&halves[0], low);
+  const uint32_t carry = before + low < low ? 1 : 0;
+  const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
+  if (high > 0) atomicAdd(&halves[1], high);
+}
+
+// Adds up the bins of all blocks, in every block. The same thread reads a bin everywhere and then
+// writes it everywhere.
+__device__ inline void merge_bins(const Team& team, ChoiceScratch& scratch) {
+  team.sync();  // every weight is in its bin
+  if (team.blocks == 1) return;
+  const int each = kBins / team.blocks;
+  for (int i = threadIdx.x; i < each; i += static_cast<int>(blockDim.x)) {
+    uint64_t& bin = scratch.bins[team.rank * each + i];
+    uint64_t sum = 0;
+#pragma unroll 4
+    for (int block = 0; block < team.blocks; ++block) sum += team.at(bin, block);
+    for (int block = 0; block < team.blocks; ++block) team.at(bin, block) = sum;
+  }
+  team.sync();  // every bin is written before any is read
+}
+
 __device__ inline void add_candidate(ChoiceScratch& scratch, uint64_t order) {
   const int place = atomicAdd(&scratch.count, 1);
   if (place < kMaxCandidates) scratch.candidates[place] = order;
@@ -310,65 +388,74 @@ __device__ inline void add_candidate(ChoiceScratch& scratch, uint64_t order) {
 // weights reach `wanted`, which all of them together do. place_of(i, level) says where a thing
 // stands; equal levels have equal weights, or 0.
 template <typename Level, typename PlaceOf>
-__device__ inline uint64_t last_kept(const Ordering& ordering, uint64_t top, uint64_t wanted,
-                                     float inv_temperature, ChoiceScratch& scratch,
+__device__ inline uint64_t last_kept(const Team& team, const Ordering& ordering, uint64_t top,
+                                     uint64_t wanted, float inv_temperature, ChoiceScratch& scratch,
                                      const Level& level, const PlaceOf& place_of) {
-  const int n = ordering.n, threads = static_cast<int>(blockDim.x);
+  const int n = ordering.n;
   const float top_level = ordering.level(top);
   const auto bin_of = [&](float x) {
     const float octaves = (top_level - x) * inv_temperature;
     return static_cast<int>(fminf(octaves * kBinsAnOctave, kBins - 1.f));
   };
-  for (int bin = threadIdx.x; bin < kBins; bin += threads) scratch.bins[bin] = 0;
-  if (threadIdx.x == 0) scratch.count = 0;
-  __syncthreads();
-  for_each_level(n, level, [&](int i, float x) {
+  for (int bin = threadIdx.x; bin < kBins; bin += static_cast<int>(blockDim.x)) {
+    scratch.bins[bin] = 0;
+  }
+  if (team.thread() == 0) scratch.count = 0;
+  __syncthreads();  // this block's bins are empty; the count is before merge_bins returns
+  for_each_level(team, n, level, [&](int i, float x) {
     const uint64_t weight = place_of(i, x).weight;
-    if (weight > 0) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(&scratch.bins[bin_of(x)]), weight);
-    }
+    if (weight > 0) add_weight(scratch.bins[bin_of(x)], weight);
   });
-  __syncthreads();
+  merge_bins(team, scratch);
+  const Team block;  // each block finds the bin, the first one sorts what is in it
   const Picked bin = pick_of(
-      kBins, scratch, [&](int b) { return scratch.bins[b]; }, [&](uint64_t) { return wanted - 1; });
-  for_each_level(n, level, [&](int i, float x) {
+      block, kBins, scratch, [&](int b) { return scratch.bins[b]; },
+      [&](uint64_t) { return wanted - 1; });
+  ChoiceScratch& first = team.at(scratch, 0);
+  for_each_level(team, n, level, [&](int i, float x) {
     const Placed thing = place_of(i, x);
-    if (thing.weight > 0 && bin_of(x) == bin.index) add_candidate(scratch, thing.order);
+    if (thing.weight > 0 && bin_of(x) == bin.index) add_candidate(first, thing.order);
   });
-  __syncthreads();
-  if (scratch.count <= kMaxCandidates) {
-    sort_candidates(scratch);
-    const auto weight = [&](int c) {
-      const uint64_t order = scratch.candidates[c];
-      return place_of(ordering.index(order), ordering.level(order)).weight;
-    };
-    const Picked last = pick_of(scratch.count, scratch, weight, [&](uint64_t) { return bin.rest; });
-    return scratch.candidates[last.index];
+  team.sync();  // the first block has all candidates
+  if (first.count <= kMaxCandidates) {
+    if (team.rank == 0) {
+      sort_candidates(scratch);
+      const auto weight = [&](int c) {
+        const uint64_t order = scratch.candidates[c];
+        return place_of(ordering.index(order), ordering.level(order)).weight;
+      };
+      const Picked last =
+          pick_of(block, scratch.count, scratch, weight, [&](uint64_t) { return bin.rest; });
+      const int other = static_cast<int>(threadIdx.x);
+      if (other < team.blocks) team.at(scratch.last, other) = scratch.candidates[last.index];
+    }
+    team.sync();  // the others wait here for the first block
+    return scratch.last;
   }
   // Very many tokens of about the same probability.
-  const uint64_t cut = find_cut(n, 0, top, wanted, scratch, level, place_of);
+  const uint64_t cut = find_cut(team, n, 0, top, wanted, scratch, level, place_of);
   uint64_t lowest = 0;
-  for_each_level(n, level, [&](int i, float x) {
+  for_each_level(team, n, level, [&](int i, float x) {
     const Placed thing = place_of(i, x);
     if (thing.order >= cut && thing.weight > 0) lowest = greater_of(lowest, ~thing.order);
   });
-  return ~block_max(lowest, scratch);
+  return ~team_max(team, lowest, scratch);
 }
 
 // Chooses one of n tokens by reading them as often as it takes; level(i) is log2 of a probability,
 // -FLT_MAX for none. Without filters tokens are laid side by side as they come, else by falling
 // probability.
 template <typename Level>
-__device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
+__device__ __noinline__ int choose(Team team, int n, const Filters& filters, uint64_t bits,
                                    ChoiceScratch& scratch, const Level& level) {
   const Ordering ordering(n);
   uint64_t top = 0, some[1] = {0};
-  for_each_level(n, level, [&](int i, float x) {
+  for_each_level(team, n, level, [&](int i, float x) {
     const uint64_t order = ordering(x, i);
     top = greater_of(top, order);
     some[0] += order > 0;
   });
-  top = block_max(top, scratch);
+  top = team_max(team, top, scratch);
   if (filters.inv_temperature == 0.f) return ordering.index(top);
   const float top_level = ordering.level(top), inv_temperature = filters.inv_temperature;
   uint64_t cut = 1;
@@ -379,22 +466,22 @@ __device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
   };
   const auto sum = [&](const auto& place_of) {
     uint64_t sums[1] = {0};
-    for_each_level(n, level, [&](int i, float x) { sums[0] += place_of(i, x).weight; });
-    block_sums(sums, scratch);
+    for_each_level(team, n, level, [&](int i, float x) { sums[0] += place_of(i, x).weight; });
+    team_sums(team, sums, scratch);
     return sums[0];
   };
-  block_sums(some, scratch);
+  team_sums(team, some, scratch);
   if (filters.top_k < some[0]) {
     const auto one = [&](int i, float x) -> Placed {
       const uint64_t order = ordering(x, i);
       return {order, order > 0};
     };
-    cut = last_kept(ordering, top, filters.top_k, inv_temperature, scratch, level, one);
+    cut = last_kept(team, ordering, top, filters.top_k, inv_temperature, scratch, level, one);
   }
   if (filters.top_p < 1.f) {
     const double nucleus = ceil(static_cast<double>(filters.top_p) * sum(place_of));
     const uint64_t wanted = greater_of(1, static_cast<uint64_t>(nucleus));
-    cut = last_kept(ordering, top, wanted, inv_temperature, scratch, level, place_of);
+    cut = last_kept(team, ordering, top, wanted, inv_temperature, scratch, level, place_of);
   }
   const auto least = static_cast<uint64_t>(filters.min_p * 0x1p44f);
   const auto kept = [&](int i, float x) -> Placed {
@@ -403,11 +490,13 @@ __device__ __noinline__ int choose(int n, const Filters& filters, uint64_t bits,
   };
   const auto target_of = [&](uint64_t total) { return __umul64hi(bits, total); };
   if (filters.none(n)) {
-    return pick_of(n, scratch, [&](int i) { return kept(i, level(i)).weight; }, target_of).index;
+    return pick_of(
+               team, n, scratch, [&](int i) { return kept(i, level(i)).weight; }, target_of)
+        .index;
   }
   const uint64_t target = target_of(sum(kept));
   return ordering.index(
-      last_kept(ordering, top, target + 1, inv_temperature, scratch, level, kept));
+      last_kept(team, ordering, top, target + 1, inv_temperature, scratch, level, kept));
 }
 
 }  // namespace memdec::cuda

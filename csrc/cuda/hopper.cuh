@@ -82,6 +82,14 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Where something that lies at `p` in this block's shared memory lies in that of block `rank`.
+template <typename T>
+__device__ inline T* in_block(T* p, int rank) {
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(p), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+
 // Reads a uint4 or uint2 from shared memory in one access; a plain load may become several.
 template <typename Word>
 __device__ inline Word load_shared(uint32_t address);

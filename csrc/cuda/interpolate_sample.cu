@@ -5,8 +5,10 @@
 // falls into, or those that may hold one of the greatest tokens. For a draw at a temperature other
 // than 1 the first is the pipeline of sample_job.cuh, since weights are powers of the mixture; else
 // it is the kernel here, which does not need to know the mixture yet. What groups cannot answer (a
-// nucleus of very many tokens, top-k above 512, tensors whose rows lie differently) is done by a
-// block a row that reads it as often as it takes.
+// nucleus of very many tokens or at another temperature, top-k above 512, tensors whose rows lie
+// differently) is done by a team of blocks that reads its row as often as it takes.
+#include <atomic>
+
 #include "common/kernels.h"
 #include "common/sampling.h"
 #include "cuda/choose_token.cuh"
@@ -22,7 +24,9 @@ constexpr int kEach = 8;  // groups that each thread of a row's second block loo
 constexpr int kMaxGroups = kThreads * kEach;
 constexpr int kBlocksAtOnce = 1024;  // of the first kernel, to fill a GPU
 constexpr int kEndingBlocks = 4;     // of the second, on a multiprocessor: they wait for memory
-constexpr int kWideThreads = 512;    // of the block that does all of a row
+constexpr int kTeamThreads = 512;    // of each block of a team that does all of a row
+constexpr int kTeamCost = 1024;      // of a row for a block of a team, in columns, beside its share
+constexpr int kLeft = -1;            // the token of a row that is left to a team
 constexpr int kMaxTopK = 512;
 // Of a nucleus without top-k so many of the greatest tokens are looked at first, then kMaxTopK.
 constexpr int kFirstTopK = 64;
@@ -72,25 +76,100 @@ struct SampledRow {
     args.log_probs[row] = mixture(base_x(token), memory_x(token));
   }
 
-  __device__ void choose_slowly(const Mixture& mixture, ChoiceScratch& scratch) const {
+  __device__ void choose_slowly(const Team& team, const Mixture& mixture,
+                                ChoiceScratch& scratch) const {
     const auto level = [&](int i) { return mixture.level(base_x(i), memory_x(i)); };
-    put(mixture, choose(vocab, filters_of(args), bits(), scratch, level));
+    const int token = choose(team, vocab, filters_of(args), bits(), scratch, level);
+    if (team.rank == 0) put(mixture, token);
   }
 };
 
+// ---- rows that are read as often as it takes ----
+
+// A row for each team of `blocks` blocks: every row or, `only_left`, those whose token is kLeft and
+// whose statistics are known.
 template <typename Base, typename Memory>
-__global__ void __launch_bounds__(kWideThreads) sample_kernel(InterpolateSampleArgs args) {
+__global__ void __launch_bounds__(kTeamThreads)
+    choose_kernel(const __grid_constant__ InterpolateSampleArgs args, int blocks, bool only_left) {
   __shared__ ChoiceScratch scratch;
-  const SampledRow<Base, Memory> sampled(args, blockIdx.x);
+  wait_for_earlier_kernels();
+  const Team team{static_cast<int>(blockIdx.x % blocks), blocks};
+  const SampledRow<Base, Memory> sampled(args, blockIdx.x / blocks);
+  if (only_left && args.tokens[sampled.row] != kLeft) return;
+  // Every block has begun, and has read the token, before another one writes to it or the token.
+  team.sync();
   const Weights weights = row_weights(args, sampled.row);
   RowStats base_stats{0.f, NAN}, memory_stats{0.f, NAN};
-  if (weights.valid && weights.use_base) base_stats = row_stats(sampled.base, sampled.vocab, 1.f);
-  if (weights.valid && weights.use_memory) {
-    memory_stats = row_stats(sampled.memory, sampled.shared_vocab, args.inv_temperature);
+  if (only_left) {
+    base_stats = args.stats[2 * sampled.row];
+    memory_stats = args.stats[2 * sampled.row + 1];
+  } else if (weights.valid) {
+    if (weights.use_base) base_stats = row_stats(team, sampled.base, sampled.vocab, 1.f);
+    if (weights.use_memory) {
+      memory_stats = row_stats(team, sampled.memory, sampled.shared_vocab, args.inv_temperature);
+    }
   }
   const Mixture mixture(weights, base_stats, memory_stats, args.inv_temperature);
-  if (!mixture.exists()) return sampled.put_nothing();
-  sampled.choose_slowly(mixture, scratch);
+  if (mixture.exists()) {
+    sampled.choose_slowly(team, mixture, scratch);
+  } else if (team.rank == 0) {
+    sampled.put_nothing();
+  }
+  // No block waits for the others at the end: its memory was last theirs before the last sync().
+}
+
+// How choose_kernel is launched.
+struct TeamLaunch {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+
+  TeamLaunch(int64_t rows, int blocks, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    attributes[1] = overlap_attribute();
+    config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+    config.blockDim = dim3(kTeamThreads);
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  TeamLaunch(const TeamLaunch&) = delete;
+  TeamLaunch& operator=(const TeamLaunch&) = delete;
+};
+
+// The teams of choose_kernel that run at once.
+template <typename Base, typename Memory>
+int resident_teams(int blocks, int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][kMaxClusterBlocks + 1];  // 1 more than the number
+  int teams = device < kDevices ? known[device][blocks].load() - 1 : -1;
+  if (teams >= 0) return teams;
+  teams = active_clusters(choose_kernel<Base, Memory>, TeamLaunch(1, blocks, nullptr).config);
+  if (device < kDevices) known[device][blocks].store(teams + 1);
+  return teams;
+}
+
+// Launches choose_kernel with as many blocks to a team as let each of them do least: the waves of
+// teams times what a row costs a block.
+template <typename Base, typename Memory>
+cudaError_t launch_teams(const InterpolateSampleArgs& args, bool only_left, int device,
+                         cudaStream_t stream) {
+  int major = 0, best_blocks = 1;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  int64_t best = INT64_MAX;
+  for (int blocks = 1; major >= 9 && blocks <= kMaxClusterBlocks; blocks *= 2) {
+    const int teams = resident_teams<Base, Memory>(blocks, device);
+    if (teams == 0) continue;
+    const int64_t cost = (args.rows + teams - 1) / teams * (args.vocab / blocks + kTeamCost);
+    if (cost < best) {
+      best = cost;
+      best_blocks = blocks;
+    }
+  }
+  TeamLaunch launch(args.rows, best_blocks, stream);
+  if (major < 9) launch.config.numAttrs = 0;
+  return cudaLaunchKernelEx(&launch.config, choose_kernel<Base, Memory>, args, best_blocks,
+                            only_left);
 }
 
 // ---- groups that are measured before the mixture is known ----
@@ -234,11 +313,11 @@ __device__ inline int choose_candidate(const Ordering& ordering, const Filters& 
   int n = cut_by_k ? min(scratch.count, filters.top_k) : scratch.count;
   const bool beyond_floor = cut_by_k || floor < filters.min_p;
   if (filters.top_p < 1.f) {
-    const auto found = static_cast<double>(sum_of(n, scratch, weight_at));
+    const auto found = static_cast<double>(sum_of(Team{}, n, scratch, weight_at));
     const double nucleus = ceil(filters.top_p * (cut_by_k ? found : total * 0x1p44));
     if (found >= nucleus) {
       const uint64_t last = greater_of(static_cast<uint64_t>(nucleus), 1) - 1;
-      n = pick_of(n, scratch, weight_at, [&](uint64_t) { return last; }).index + 1;
+      n = pick_of(Team{}, n, scratch, weight_at, [&](uint64_t) { return last; }).index + 1;
     } else if (!beyond_floor) {
       return -1;
     }
@@ -251,7 +330,7 @@ __device__ inline int choose_candidate(const Ordering& ordering, const Filters& 
     return of_token >= least ? of_token : 0;
   };
   const auto target_of = [&](uint64_t sum) { return __umul64hi(bits, sum); };
-  return ordering.index(scratch.candidates[pick_of(n, scratch, weight, target_of).index]);
+  return ordering.index(scratch.candidates[pick_of(Team{}, n, scratch, weight, target_of).index]);
 }
 
 // A column of a group for each thread, and the draw among them by `weight_of(base_x, memory_x)`.
@@ -271,7 +350,7 @@ __device__ bool draw_column(const SampledRow<T, T>& sampled, const Mixture& mixt
   }
   // The columns' sum, rounded otherwise, is not quite the group's: the draw is stretched to it.
   const double place = static_cast<double>(group.rest) / group.weight;
-  const Picked token = pick(weight, scratch, [&](uint64_t sum) {
+  const Picked token = pick(Team{}, weight, scratch, [&](uint64_t sum) {
     return min(static_cast<uint64_t>(place * sum), sum - 1);
   });
   if (static_cast<int>(threadIdx.x) == token.index) {
@@ -332,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
       weights[i] = whole_weight(base_weight + memory_weight);
     }
     const Picked group =
-        pick(weights, scratch, [&](uint64_t total) { return __umul64hi(bits, total); });
+        pick(Team{}, weights, scratch, [&](uint64_t total) { return __umul64hi(bits, total); });
     const auto weight_of = [&](float base_x, float memory_x) {
       return mixture.probability(base_x, memory_x);
     };
@@ -340,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
         draw_column(sampled, mixture, packed.group(group.index), group, scratch, weight_of)) {
       return;
     }
-    return sampled.choose_slowly(mixture, scratch);
+    return sampled.choose_slowly(Team{}, mixture, scratch);
   }
 
   const bool cut_by_k = filters.top_k < sampled.vocab;
@@ -382,7 +461,7 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
         if (!greedy) add_candidate(scratch, order);
       }
     }
-    best = block_max(best, scratch);
+    best = team_max(Team{}, best, scratch);
     if (greedy) return sampled.put(mixture, ordering.index(best));
     if (scratch.count < k || scratch.count > kMaxCandidates) break;
     const float top_level = ordering.level(best);
@@ -394,7 +473,12 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
     if (token >= 0) return sampled.put(mixture, token);
     if (cut_by_k || k == kMaxTopK) break;
   }
-  sampled.choose_slowly(mixture, scratch);
+  if (cut_by_k) return sampled.choose_slowly(Team{}, mixture, scratch);
+  // A nucleus of very many tokens.
+  if (threadIdx.x > 0) return;
+  args.tokens[sampled.row] = kLeft;
+  args.stats[2 * sampled.row] = base_stats;
+  args.stats[2 * sampled.row + 1] = memory_stats;
 }
 
 // Ends a row of the pipeline: the group, then the token in it, that the draw falls into.
@@ -418,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
   if (!mixture.exists()) return sampled.put_nothing();
   const uint64_t bits = sampled.bits();
   const Picked group =
-      pick(weights, scratch, [&](uint64_t total) { return __umul64hi(bits, total); });
+      pick(Team{}, weights, scratch, [&](uint64_t total) { return __umul64hi(bits, total); });
   const DrawWeight draw(mixture, args.temperature);
   const auto weight_of = [&](float base_x, float memory_x) {
     return draw(mixture.level(base_x, memory_x));
@@ -427,10 +511,10 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
     const auto columns = pipeline_group(plan, sampled.base, sampled.vocab, group.index);
     if (draw_column(sampled, mixture, columns, group, scratch, weight_of)) return;
   }
-  sampled.choose_slowly(mixture, scratch);
+  sampled.choose_slowly(Team{}, mixture, scratch);
 }
 
-// Runs the two kernels of a row's groups, where they serve. False: they do not.
+// Runs the kernels of a row's groups, where they serve. False: they do not.
 template <typename T>
 bool sample_by_groups(const InterpolateSampleArgs& args, int device, cudaStream_t stream,
                       cudaError_t* error) {
@@ -446,6 +530,9 @@ bool sample_by_groups(const InterpolateSampleArgs& args, int device, cudaStream_
     if (*error != cudaSuccess) return true;
     *error = launch_overlapping(end_measured_kernel<T>, args.rows, kThreads, 0, device, stream,
                                 args, plan);
+    const bool may_leave = args.temperature > 0.f && filtered && !cut_by_k;
+    if (*error != cudaSuccess || !may_leave) return true;
+    *error = launch_teams<T, T>(args, true, device, stream);
     return true;
   }
   if (filtered || args.temperature < kLowTemperature) return false;
@@ -480,10 +567,10 @@ Status interpolate_sample(const InterpolateSampleArgs& args, int device, void* s
     using Base = decltype(base);
     if (agree && sample_by_groups<Base>(args, device, cuda_stream, &error)) return;
     with_dtype(args.memory.dtype, [&](auto memory) {
-      sample_kernel<Base, decltype(memory)><<<args.rows, kWideThreads, 0, cuda_stream>>>(args);
+      error = launch_teams<Base, decltype(memory)>(args, false, device, cuda_stream);
     });
   });
-  return status_of(error == cudaSuccess ? cudaGetLastError() : error);
+  return status_of(error);
 }
 
 }  // namespace memdec::cuda

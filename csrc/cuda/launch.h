@@ -75,6 +75,20 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), int64_t blocks, in
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// The clusters of a kernel that run at once, 0 where the device has none of that size. Asks for
+// what a launch with more than 8 blocks a cluster does not get by itself.
+template <typename... Parameters>
+int active_clusters(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config) {
+  int clusters = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+          cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    clusters = 0;
+  }
+  cudaGetLastError();  // it is not the next launch's
+  return clusters;
+}
+
 // Calls f with a value of the dtype's type: f(float{}), f(__half{}) or f(__nv_bfloat16{}).
 template <typename F>
 void with_dtype(DType dtype, F&& f) {

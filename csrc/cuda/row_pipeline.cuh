@@ -19,6 +19,7 @@
 #include "cuda/launch.h"
 #include "cuda/row.cuh"
 #include "cuda/softmax_sum.cuh"
+#include "cuda/team.cuh"
 
 namespace memdec::cuda {
 
@@ -27,8 +28,7 @@ constexpr int kWorkerWarps = kWorkers / kWarpSize;
 constexpr int kPipelineThreads = kWorkers + 2 * kWarpSize;
 constexpr int kStripeBytes = kWorkers * sizeof(uint4);  // a pack a worker
 constexpr int kMaxChunks = 32;                          // of a ring
-constexpr int kMaxClusterBlocks = 16;  // more than 8 is legal on Hopper, but must be asked for
-constexpr int kUnit = 8;               // columns: a slice begins at a multiple, as memory lies
+constexpr int kUnit = 8;                                // columns: a slice begins at a multiple
 
 // Columns in a stripe. A chunk has Job::kStripes stripes, of one matrix or of several, and
 // Job::kColumns columns.
@@ -365,15 +365,8 @@ inline int resident_clusters(const PipelinePlan& plan, int shared_bytes, int dev
   if (clusters >= 0) return clusters;
   const PipelineLaunch<Job> launch(plan, 1, nullptr);
   const auto kernel = row_pipeline_kernel<Job>;
-  const bool granted = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            shared_bytes) == cudaSuccess &&
-                       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                            1) == cudaSuccess;
-  if (!granted ||
-      cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
-    cudaGetLastError();  // it is not the next launch's
-    clusters = 0;
-  }
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  clusters = active_clusters(kernel, launch.config);
   if (device < kDevices) known[device][plan.blocks].store(clusters + 1);
   return clusters;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/row.cuh"
+#include "cuda/team.cuh"
 
 namespace memdec::cuda {
 
@@ -186,42 +187,82 @@ struct WorkerSum {
   }
 };
 
-// The statistics of the first n logits of a row, in every thread of the block. Reads whole packs:
-// at both ends a few neighbours of the row.
+// The first n logits of a row, as whole packs: at both ends they hold a few neighbours of the row.
 template <typename T>
-__device__ inline RowStats row_stats(const T* row, int n, float inv_temperature) {
-  constexpr int kTogether = 4;  // packs of a thread that are read before the first is added
-  __shared__ TailSum parts[kMaxWarps];
-  const float scale = inv_temperature * kLog2E;
-  const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(uint4) / sizeof(T));
-  const auto* packs = reinterpret_cast<const uint4*>(row - phase);
-  const int count = (phase + n + kPack<T> - 1) / kPack<T>;
-  const int threads = static_cast<int>(blockDim.x);
-  WorkerSum sum;
-  const auto load = [&](int i) {
+struct RowPacks {
+  const uint4* packs;
+  int phase;  // of the first logit in the first pack
+  int n;
+  int count;
+
+  __device__ RowPacks(const T* row, int n)
+      : phase(static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(uint4) / sizeof(T))),
+        n(n),
+        count((phase + n + kPack<T> - 1) / kPack<T>) {
+    packs = reinterpret_cast<const uint4*>(row - phase);
+  }
+
+  __device__ Pack<T> operator[](int i) const {
     Pack<T> pack{packs[i]};
     const int begin = phase - i * kPack<T>, end = begin + n;
     if (begin > 0 || end < kPack<T>) pack.mask(begin, end);
     return pack;
-  };
-  int i = threadIdx.x;
-  for (; i + (kTogether - 1) * threads < count; i += kTogether * threads) {
+  }
+};
+
+// The sum over packs [begin, end) of a row, in every thread of the block.
+template <typename T>
+__device__ inline TailSum sum_packs(const RowPacks<T>& row, int begin, int end, float scale) {
+  constexpr int kTogether = 4;  // packs of a thread that are read before the first is added
+  __shared__ TailSum parts[kMaxWarps];
+  const int threads = static_cast<int>(blockDim.x);
+  WorkerSum sum;
+  int i = begin + static_cast<int>(threadIdx.x);
+  for (; i + (kTogether - 1) * threads < end; i += kTogether * threads) {
     Pack<T> loaded[kTogether];
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j) loaded[j] = load(i + j * threads);
+    for (int j = 0; j < kTogether; ++j) loaded[j] = row[i + j * threads];
     sum.add(loaded, scale);
   }
-  for (; i < count; i += threads) {
-    const Pack<T> loaded[1] = {load(i)};
+  for (; i < end; i += threads) {
+    const Pack<T> loaded[1] = {row[i]};
     sum.add(loaded, scale);
   }
   TailSum part = merge_lanes(sum.total(scale), scale);
   const int lane = threadIdx.x % kWarpSize;
-  __syncthreads();  // the parts of an earlier row may still be read
+  __syncthreads();  // the parts of an earlier sum may still be read
   if (lane == 0) parts[threadIdx.x / kWarpSize] = part;
   __syncthreads();  // every warp's part is written before any is read
   part = lane < threads / kWarpSize ? parts[lane] : TailSum{};
-  return merge_lanes(part, scale).stats();
+  return merge_lanes(part, scale);
+}
+
+// The statistics of the first n logits of a row, in every thread of the block.
+template <typename T>
+__device__ inline RowStats row_stats(const T* row, int n, float inv_temperature) {
+  const RowPacks<T> packs(row, n);
+  return sum_packs(packs, 0, packs.count, inv_temperature * kLog2E).stats();
+}
+
+// The same in every thread of a team, and the same bits whatever its size, a power of 2: a row has
+// as many parts as a team has blocks at most.
+template <typename T>
+__device__ inline RowStats row_stats(const Team& team, const T* row, int n, float inv_temperature) {
+  __shared__ TailSum parts[kMaxClusterBlocks];
+  const float scale = inv_temperature * kLog2E;
+  const RowPacks<T> packs(row, n);
+  const int length = (packs.count + kMaxClusterBlocks - 1) / kMaxClusterBlocks;
+  const int share = kMaxClusterBlocks / team.blocks;
+  team.sync();  // the parts of an earlier row may still be read
+  for (int part = team.rank * share; part < (team.rank + 1) * share; ++part) {
+    const int begin = part * length;
+    const TailSum sum = sum_packs(packs, begin, min(packs.count, begin + length), scale);
+    const int block = static_cast<int>(threadIdx.x);
+    if (block < team.blocks) team.at(parts[part], block) = sum;
+  }
+  team.sync();  // every part is in every block before any is read
+  const int lane = threadIdx.x % kWarpSize;
+  return merge_lanes(lane < kMaxClusterBlocks ? parts[lane] : TailSum{}, scale).stats();
 }
 
 }  // namespace memdec::cuda
