@@ -26,9 +26,20 @@ def main() -> None:
 
         ops.fused_interpolate(memory, memory.flip(0), lmbda)  # rows that lie alike
 
-        for filters in ({"temperature": 0}, {}, {"temperature": 0.8}, {"top_k": 9, "top_p": 0.9}):
+        for filters in (
+            {"temperature": 0},
+            {},
+            {"temperature": 0.8},
+            {"top_k": 9, "top_p": 0.9},
+            {"temperature": 0.8, "top_p": 0.9, "min_p": 1e-3},  # a cluster a row; of 300, a block
+            {"top_p": 0.99},  # rows of very many tokens are left to it
+            {"top_k": 600},
+        ):
             ops.interpolate_sample(base, memory, lmbda, vocab_size=max(1, width - 1), **filters)
             ops.interpolate_sample(memory, memory.flip(0), lmbda, **filters)
+
+        equal = torch.zeros(rows, width, device="cuda", dtype=dtype)  # cut by their ids alone
+        ops.interpolate_sample(equal, equal, 0.5, top_p=0.5)
 
         labels = torch.tensor([0, -100, width - 1, width + 5, 0] * (rows // 5), device="cuda")
         ops.token_log_probs(base, labels).sum().backward()

@@ -86,7 +86,7 @@ __device__ inline void cluster_wait() {
 template <typename T>
 __device__ inline T* in_block(T* p, int rank) {
   uint64_t address;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(p), "r"(rank));
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(p), "r"(rank));
   return reinterpret_cast<T*>(address);
 }
 

@@ -39,7 +39,20 @@ FILTERS: dict[str, dict[str, Any]] = {
     "top-p": {"top_p": 0.8},
     "min-p": {"min_p": 0.05},
     "hot top-p": {"top_p": 0.7, "temperature": 1.5},
+    "cool top-p": {"top_p": 0.9, "temperature": 0.7},
     "all": {"top_k": 40, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
+}
+
+
+# What a GPU reads a row for as often as it takes, in as many blocks as few rows leave free; top-p
+# and min-p alone where very many tokens remain.
+OFTEN_READ: dict[str, dict[str, Any]] = {
+    "cool top-p": {"top_p": 0.9, "temperature": 0.7},
+    "cool min-p": {"min_p": 0.01, "temperature": 0.7},
+    "top-p": {"top_p": 0.9},
+    "min-p": {"min_p": 0.5},
+    "top-k beyond what is sorted": {"top_k": 600},
+    "all": {"top_k": 600, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
 }
 
 
@@ -105,8 +118,13 @@ def test_wide_rows(
     check_draws(*random_case((3, 50257), device, dtype), filters, device)
 
 
-def check_draws(base: Tensor, memory: Tensor, filters: dict[str, Any], device: str) -> None:
-    """Every row's token is the one that its uniform number falls into, by the oracle's float64."""
+def check_draws(
+    base: Tensor, memory: Tensor, filters: dict[str, Any], device: str, slack: float = 1e-5
+) -> None:
+    """Every row's token is the one that its uniform number falls into, by the oracle's float64.
+
+    `slack` is for float32 probabilities, a hundred thousand of them.
+    """
     tokens, log_probs = interpolate_sample(base, memory, 0.3, generator=seeded(device), **filters)
     lead = base.shape[:-1]
     assert (tokens.shape, tokens.dtype) == (lead, torch.int64)
@@ -119,8 +137,131 @@ def check_draws(base: Tensor, memory: Tensor, filters: dict[str, Any], device: s
         start, end = share_before(row, token, **filters)
         assert end > start, "a token that the filters leave out"
         if filters.get("temperature") != 0:
-            # Float32 probabilities, a hundred thousand of them.
-            assert start - 1e-5 <= u <= end + 1e-5
+            assert start - slack <= u <= end + slack
+
+
+def draw(base: Tensor, memory: Tensor, seeds: Tensor, **filters: Any) -> tuple[Tensor, Tensor]:
+    """With given seeds, one a row."""
+    vocab = base.shape[-1]
+    options = {"temperature": 1.0, "top_k": vocab, "top_p": 1.0, "min_p": 0.0} | filters
+    op = torch.ops.memdec.interpolate_sample
+    return op(base, memory, 0.3, None, 1.0, vocab, seeds, *options.values())
+
+
+def flat_and_peaked(rows: int, vocab: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """By turns: of the flat rows a nucleus is most of the vocabulary."""
+    base, memory = random_case((min(rows, 20), vocab), device)
+    base[::2] *= 0.03
+    memory[::2] *= 0.03
+    return tuple(x.to(dtype).repeat(-(-rows // 20), 1)[:rows] for x in (base, memory))
+
+
+def swaps(filters: dict[str, Any]) -> float:
+    """Mass of a few neighbours in the order of a flat row, which float32 swaps."""
+    return 5e-3 if "top_k" in filters else 3e-4
+
+
+@pytest.mark.parametrize("filters", OFTEN_READ.values(), ids=OFTEN_READ)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 151936), (4, 151936), (40, 50257)])
+def test_rows_that_are_read_often(
+    rows: int, vocab: int, dtype: torch.dtype, filters: dict[str, Any], device: str, native: None
+) -> None:
+    base, memory = flat_and_peaked(rows, vocab, device, dtype)
+    check_draws(base, memory, filters, device, slack=swaps(filters))
+
+
+@pytest.mark.parametrize("filters", OFTEN_READ.values(), ids=OFTEN_READ)
+@pytest.mark.parametrize("vocab", [50257, 151936])
+def test_a_row_draws_the_same_among_any_number_of_rows(
+    vocab: int, filters: dict[str, Any], device: str, native: None
+) -> None:
+    """However many blocks a row gets."""
+    most = 300 if device == "cuda" else 16
+    base, memory = flat_and_peaked(most, vocab, device, torch.bfloat16)
+    seeds = torch.arange(most, device=device)
+    tokens, log_probs = draw(base, memory, seeds, **filters)
+    for rows in (1, 4, 16, 40):
+        for first in (0, most - rows):
+            part = slice(max(first, 0), first + rows)
+            few = draw(base[part], memory[part], seeds[part], **filters)
+            assert torch.equal(few[0], tokens[part])
+            assert torch.equal(few[1], log_probs[part])
+
+
+@pytest.mark.parametrize("filters", [{}, *OFTEN_READ.values()], ids=["plain", *OFTEN_READ])
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_rows_that_lie_differently(
+    rows: int, filters: dict[str, Any], device: str, native: None
+) -> None:
+    """Other phases in 16 bytes, then other dtypes."""
+    vocab = 50257
+    wide, memory = flat_and_peaked(rows, vocab + 1, device, torch.bfloat16)
+    base, memory = wide[:, 1:], memory[:, :-1]
+    for pair in ((base, memory), (base.float(), memory), (base, memory.half())):
+        check_draws(*pair, filters, device, slack=swaps(filters))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 151936), (5, 50257), (70, 50257)])
+def test_very_many_equal_tokens(
+    rows: int, vocab: int, temperature: float, device: str, implementation: str
+) -> None:
+    """The cut goes through tokens that only their id tells apart."""
+    equal = torch.zeros(rows, vocab, device=device, dtype=torch.bfloat16)
+    options = {"temperature": temperature, "top_p": 0.5}
+    tokens, _ = interpolate_sample(equal, equal, 0.3, generator=seeded(device), **options)
+    wanted = (uniforms((rows,), device) * math.ceil(vocab / 2)).long()
+    assert torch.equal(tokens.cpu(), wanted)
+    tokens, _ = interpolate_sample(
+        equal, equal, 0.3, generator=seeded(device), top_k=9999, temperature=temperature
+    )
+    assert torch.equal(tokens.cpu(), (uniforms((rows,), device) * 9999).long())
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(0, 3, (rows, vocab), generator=generator).to(device, torch.bfloat16)
+    check_draws(steps, steps, options, device)
+
+
+@pytest.mark.parametrize("filters", OFTEN_READ.values(), ids=OFTEN_READ)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_wide_rows_without_a_distribution(
+    shift: int, filters: dict[str, Any], device: str, native: None
+) -> None:
+    """Rows beside them are as they are without them, also where most tokens are masked."""
+    wide, memory = flat_and_peaked(6, 50257 + shift, device, torch.bfloat16)
+    base, memory = wide[:, shift:], memory[:, : memory.shape[1] - shift]
+    base[0, 40_000] = math.nan
+    base[1] = -math.inf
+    base[2, :50_000] = memory[2, :50_000] = -math.inf
+    memory[4, 0] = math.nan
+    seeds = torch.arange(6, device=device)
+    tokens, log_probs = draw(base, memory, seeds, **filters)
+    assert tokens[[0, 1, 4]].tolist() == [0, 0, 0]
+    assert log_probs.isnan().tolist() == [True, True, False, False, True, False]
+    assert tokens[2] >= 50_000
+    for good in (slice(2, 4), slice(5, 6)):
+        alone = draw(base[good], memory[good], seeds[good], **filters)
+        assert torch.equal(alone[0], tokens[good])
+        check_draws(base[good], memory[good], filters, device, slack=swaps(filters))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("filters", OFTEN_READ.values(), ids=OFTEN_READ)
+@pytest.mark.parametrize("rows", [1, 4, 40, 300])
+def test_a_captured_draw_is_that_of_its_seeds(rows: int, filters: dict[str, Any]) -> None:
+    base, memory = flat_and_peaked(rows, 50257, "cuda", torch.bfloat16)
+    seeds = torch.arange(rows, device="cuda")
+    draw(base, memory, seeds, **filters)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, log_probs = draw(base, memory, seeds, **filters)
+    for _ in range(3):
+        seeds += 1000
+        base.copy_(base.roll(1, -1))
+        graph.replay()
+        wanted = draw(base, memory, seeds, **filters)
+        assert torch.equal(tokens, wanted[0])
+        assert torch.equal(log_probs, wanted[1])
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.4, 1.0])
