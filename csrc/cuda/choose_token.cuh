@@ -37,7 +37,7 @@ constexpr int kMaxCandidates = 2048;
 // use before.
 struct ChoiceScratch {
   uint64_t bins[kBins];
-  uint64_t candidates[kMaxCandidates];  // orders (Ordering) of some tokens; a team's first block's
+  uint64_t candidates[kMaxCandidates];  // orders (Ordering) of some tokens
   int count;                            // of candidates: more than there is room for are not kept
   uint64_t values[kMaxWarps][kCuts];
   uint64_t shares[kMaxClusterBlocks][kCuts];  // what each block of the team found
@@ -384,6 +384,23 @@ __device__ inline void add_candidate(ChoiceScratch& scratch, uint64_t order) {
   if (place < kMaxCandidates) scratch.candidates[place] = order;
 }
 
+// Appends the other blocks' candidates, shares[block][0] of each, to those of the first block,
+// which calls this.
+__device__ inline void gather_candidates(const Team& team, ChoiceScratch& scratch) {
+  int count = scratch.count;
+  for (int block = 1; block < team.blocks; ++block) {
+    const uint64_t* theirs = team.at(scratch, block).candidates;
+    const int more = static_cast<int>(scratch.shares[block][0]);
+    for (int i = threadIdx.x; i < more; i += static_cast<int>(blockDim.x)) {
+      scratch.candidates[count + i] = theirs[i];
+    }
+    count += more;
+  }
+  __syncthreads();  // every thread has read the count
+  if (threadIdx.x == 0) scratch.count = count;
+  __syncthreads();
+}
+
 // The order of the last thing that is kept when things are kept in falling order until their
 // weights reach `wanted`, which all of them together do. place_of(i, level) says where a thing
 // stands; equal levels have equal weights, or 0.
@@ -400,8 +417,8 @@ __device__ inline uint64_t last_kept(const Team& team, const Ordering& ordering,
   for (int bin = threadIdx.x; bin < kBins; bin += static_cast<int>(blockDim.x)) {
     scratch.bins[bin] = 0;
   }
-  if (team.thread() == 0) scratch.count = 0;
-  __syncthreads();  // this block's bins are empty; the count is before merge_bins returns
+  if (threadIdx.x == 0) scratch.count = 0;
+  __syncthreads();  // the bins are empty before anything is added
   for_each_level(team, n, level, [&](int i, float x) {
     const uint64_t weight = place_of(i, x).weight;
     if (weight > 0) add_weight(scratch.bins[bin_of(x)], weight);
@@ -411,14 +428,18 @@ __device__ inline uint64_t last_kept(const Team& team, const Ordering& ordering,
   const Picked bin = pick_of(
       block, kBins, scratch, [&](int b) { return scratch.bins[b]; },
       [&](uint64_t) { return wanted - 1; });
-  ChoiceScratch& first = team.at(scratch, 0);
   for_each_level(team, n, level, [&](int i, float x) {
     const Placed thing = place_of(i, x);
-    if (thing.weight > 0 && bin_of(x) == bin.index) add_candidate(first, thing.order);
+    if (thing.weight > 0 && bin_of(x) == bin.index) add_candidate(scratch, thing.order);
   });
-  team.sync();  // the first block has all candidates
-  if (first.count <= kMaxCandidates) {
+  __syncthreads();  // all candidates are counted
+  const uint64_t counted[1] = {static_cast<uint64_t>(scratch.count)};
+  share(team, counted, scratch);
+  uint64_t count = 0;
+  for (int other = 0; other < team.blocks; ++other) count += scratch.shares[other][0];
+  if (count <= kMaxCandidates) {
     if (team.rank == 0) {
+      gather_candidates(team, scratch);
       sort_candidates(scratch);
       const auto weight = [&](int c) {
         const uint64_t order = scratch.candidates[c];
@@ -432,6 +453,7 @@ __device__ inline uint64_t last_kept(const Team& team, const Ordering& ordering,
     team.sync();  // the others wait here for the first block
     return scratch.last;
   }
+  team.sync();  // the counts are read before other shares come
   // Very many tokens of about the same probability.
   const uint64_t cut = find_cut(team, n, 0, top, wanted, scratch, level, place_of);
   uint64_t lowest = 0;
