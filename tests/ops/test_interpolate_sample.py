@@ -190,7 +190,7 @@ def test_a_row_draws_the_same_among_any_number_of_rows(
 
 
 @pytest.mark.parametrize("filters", [{}, *OFTEN_READ.values()], ids=["plain", *OFTEN_READ])
-@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("rows", [1, 16])
 def test_rows_that_lie_differently(
     rows: int, filters: dict[str, Any], device: str, native: None
 ) -> None:
@@ -248,7 +248,7 @@ def test_wide_rows_without_a_distribution(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("filters", OFTEN_READ.values(), ids=OFTEN_READ)
 @pytest.mark.parametrize("rows", [1, 4, 40, 300])
-def test_a_captured_draw_is_that_of_its_seeds(rows: int, filters: dict[str, Any]) -> None:
+def test_a_draw_in_a_cuda_graph_is_that_of_its_seeds(rows: int, filters: dict[str, Any]) -> None:
     base, memory = flat_and_peaked(rows, 50257, "cuda", torch.bfloat16)
     seeds = torch.arange(rows, device="cuda")
     draw(base, memory, seeds, **filters)
