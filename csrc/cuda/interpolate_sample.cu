@@ -30,6 +30,7 @@ constexpr int kLeft = -1;            // the token of a row that is left to a tea
 constexpr int kMaxTopK = 512;
 // Of a nucleus without top-k so many of the greatest tokens are looked at first, then kMaxTopK.
 constexpr int kFirstTopK = 64;
+constexpr int kFewRows = 8;  // for which a team is faster than the second look
 // What the bounds of a group's probabilities may be off, on either side.
 constexpr float kBoundSlack = 0x1p-18f;
 // Below this temperature a group's sum of powers may be too small for float32.
@@ -471,7 +472,7 @@ __global__ void __launch_bounds__(kThreads, kEndingBlocks)
     const double total = fast_exp2(-top_level);
     const int token = choose_candidate(ordering, filters, total, floor_weight, bits, scratch);
     if (token >= 0) return sampled.put(mixture, token);
-    if (cut_by_k || k == kMaxTopK) break;
+    if (cut_by_k || k == kMaxTopK || args.rows <= kFewRows) break;
   }
   if (cut_by_k) return sampled.choose_slowly(Team{}, mixture, scratch);
   // A nucleus of very many tokens.
