@@ -44,10 +44,11 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a GPU reads a row for as often as it takes, in as many blocks as few rows leave free; top-p
-# and min-p alone where very many tokens remain.
 # Log-probabilities of a flat row that differ by less may stand in another order in float32.
 SWAPPED = 4e-6
+
+# What a GPU reads a row for as often as it takes, in as many blocks as few rows leave free; top-p
+# and min-p alone where very many tokens remain.
 OFTEN_READ: dict[str, dict[str, Any]] = {
     "cool top-p": {"top_p": 0.9, "temperature": 0.7},
     "cool min-p": {"min_p": 0.01, "temperature": 0.7},
@@ -205,6 +206,22 @@ def test_rows_that_lie_differently(
     base, memory = wide[:, 1:], memory[:, :-1]
     for pair in ((base, memory), (base.float(), memory), (base, memory.half())):
         check_draws(*pair, filters, device, tie=SWAPPED)
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 1e-30}, {"top_p": 0.5}, {"min_p": 1.0}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-30, 0.7, 1.0, 1e30])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 151936), (3, 1), (3, 5), (20, 50257)])
+def test_filters_and_temperatures_at_their_ends(
+    rows: int,
+    vocab: int,
+    temperature: float,
+    filters: dict[str, Any],
+    device: str,
+    implementation: str,
+) -> None:
+    """One token that counts, or all of them alike; of a team most blocks may have no token at all."""
+    base, memory = flat_and_peaked(rows, vocab, device, torch.bfloat16)
+    check_draws(base, memory, {"temperature": temperature, **filters}, device, tie=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
