@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         memory = trained_memory(experiment, memory_setting(experiment, options.memory))
         name, made = "decoding", _real(experiment, memory, lengths)
     part: dict[str, Any] = {"lengths": vars(lengths), "dtype": "bfloat16", "rows": []}
-    for row in made:  # written one by one: what was timed stays if a later contender fails
+    for row in made:  # written as they come: what was timed stays if a later batch fails
         part["rows"].append(row)
         write_part(options.result, name, experiment, part)
 
