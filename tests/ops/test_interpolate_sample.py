@@ -219,7 +219,7 @@ def test_filters_and_temperatures_at_their_ends(
     device: str,
     implementation: str,
 ) -> None:
-    """One token that counts, or all of them alike; of a team most blocks may have no token at all."""
+    """One token that counts, or all alike; of a team most blocks may have no token at all."""
     base, memory = flat_and_peaked(rows, vocab, device, torch.bfloat16)
     check_draws(base, memory, {"temperature": temperature, **filters}, device, tie=1e-5)
 
