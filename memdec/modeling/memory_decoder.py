@@ -42,6 +42,7 @@ from memdec.ops import fused_interpolate
 
 BASE = "base"
 MEMORY = "memory"
+_NEEDS_IDS = "input_ids are needed: the memory cannot read the base's embeddings"
 
 
 class MemoryDecoderConfig(PreTrainedConfig):
@@ -271,7 +272,7 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         The mask must be ``[batch, past + length]`` or None.
         """
         if input_ids is None:
-            raise ValueError("input_ids are needed: the memory cannot read the base's embeddings")
+            raise ValueError(_NEEDS_IDS)
         if cache is not None and past_key_values is not None:
             raise TypeError("cache and past_key_values are one argument, got both")
         cache = past_key_values if cache is None else cache
@@ -351,7 +352,9 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """What ``generate`` may be given is what the base takes."""
+        """What ``generate`` may be given is what the base takes, except embeddings for ids."""
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(_NEEDS_IDS)
         self.base._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(  # type: ignore[override]

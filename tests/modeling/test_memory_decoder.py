@@ -520,6 +520,9 @@ def test_embeddings_instead_of_ids_are_refused() -> None:
     model = pair()
     with pytest.raises(ValueError, match="input_ids are needed"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
+    for ids in ({}, {"input_ids": prompt()[:1]}):
+        with pytest.raises(ValueError, match="input_ids are needed"):
+            model.generate(**ids, inputs_embeds=torch.zeros(1, 2, 32))
 
 
 # ---- making, saving, loading ----
