@@ -218,7 +218,14 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-@lru_cache(maxsize=32)
 def _float64(values: tuple, device: torch.device) -> Tensor:
-    """Constants where they are used: copying them at every token would take longer."""
+    """Constants where they are used; torch.compile, which warns of a cache, has them in its graph."""
+    return (_constants if torch.compiler.is_compiling() else _kept_constants)(values, device)
+
+
+def _constants(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+# Copying them at every token would take longer.
+_kept_constants = lru_cache(maxsize=32)(_constants)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,15 @@ def test_a_pass_without_a_gate_leaves_no_evidence_of_what_it_replaced() -> None:
 def test_a_mask_that_does_not_tell_the_padding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask as \[batch, past \+ length\]"):
         pair()(prompt(), attention_mask=torch.ones(2, 1, 7, 7))
+
+
+def test_compiles_without_a_warning() -> None:
+    model, ids = pair(), prompt()
+    compiled = torch.compile(model.forward, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo")
+        result = compiled(ids).logits
+    torch.testing.assert_close(result, model(ids).logits)
 
 
 def test_both_models_get_gradients_and_the_gate_none() -> None:
