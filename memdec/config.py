@@ -40,7 +40,7 @@ class Config:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             item = field.metadata.get("item")
-            value = _convert(field.name, getattr(self, field.name), hints[field.name], item)
+            value = convert(field.name, getattr(self, field.name), hints[field.name], item)
             object.__setattr__(self, field.name, value)
         if (seed := getattr(self, "seed", None)) is not None:  # wherever there is one
             require(0 <= seed < _SEEDS, "seed", f"in [0, {_SEEDS})", seed)
@@ -91,7 +91,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _convert(name: str, value: Any, hint: Any, item: str | None = None) -> Any:
+def convert(name: str, value: Any, hint: Any, item: str | None = None) -> Any:
+    """The value as the annotated type, where nothing is lost.
+
+    Raises:
+        MemdecError: anything else; it gives name, expectation and value.
+    """
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         choices = typing.get_args(hint)
@@ -100,7 +105,7 @@ def _convert(name: str, value: Any, hint: Any, item: str | None = None) -> Any:
         for choice in choices:
             if choice is not type(None):
                 try:
-                    return _convert(name, value, choice)
+                    return convert(name, value, choice)
                 except MemdecError:
                     continue
         raise MemdecError(f"{name} must be {_describe(hint)}, got {value!r}")
@@ -109,7 +114,7 @@ def _convert(name: str, value: Any, hint: Any, item: str | None = None) -> Any:
             return value
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
-            return tuple(_convert(name, one, typing.get_args(hint)[0], item) for one in value)
+            return tuple(convert(name, one, typing.get_args(hint)[0], item) for one in value)
     elif hint is bool:
         if isinstance(value, bool):
             return value
@@ -150,5 +155,6 @@ def _describe(hint: Any) -> str:
         str: "text",
         bool: "true or false",
         Path: "a path",
+        dict: "a mapping",
     }
     return "nothing" if hint is type(None) else names.get(hint, str(hint))

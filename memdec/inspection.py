@@ -209,13 +209,12 @@ def _knn_lmbda(config: InspectConfig, targets: TargetStore) -> float:
         chosen = open_evaluation(config)["lmbda"].get("kNN-LM")
         if chosen is not None:
             return float(chosen)
-    calibration = targets.artefact.manifest.get("calibration")
-    if calibration is None:
+    if targets.artefact.manifest.get("calibration") is None:
         raise MemdecError(
             f"{config.targets} was made without choosing a lmbda for the kNN-LM: "
             "give lmbda or evaluation"
         )
-    return float(calibration["lmbda"])
+    return targets.artefact.field(float, "calibration", "lmbda")
 
 
 def _context(model: PreTrainedModel) -> int:

@@ -24,8 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from memdec.config import convert
 from memdec.errors import MemdecError
 
 FORMAT_VERSION = 1
@@ -33,6 +34,8 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 TIMING = "timing.json"
 LOCK = ".lock"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,29 @@ class Artefact:
             raise MemdecError(
                 f"{path} has format {manifest.get('format')}, this memdec reads {FORMAT_VERSION}"
             )
-        for name, record in manifest["files"].items():
-            _check_size(path, name, record["bytes"])
-        return cls(path, manifest)
+        artefact = cls(path, manifest)
+        for part in ("params", "inputs"):
+            artefact.field(dict, part)
+        for name in artefact.field(dict, "files"):
+            _check_size(path, name, artefact.field(int, "files", name, "bytes"))
+            artefact.field(str, "files", name, "sha256")
+        return artefact
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest, which holds the SHA-256 of every file."""
         return fingerprint(self.manifest)
+
+    def field(self, expected: type[T], *names: str, default: T | None = None) -> T:
+        """A value of the manifest, under `names` from the outside in.
+
+        Args:
+            default: where the last of them is not there; None is an error then.
+
+        Raises:
+            MemdecError: it is not there or of another type than `expected`.
+        """
+        return _field(self.path / MANIFEST, self.manifest, expected, *names, default=default)
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -336,7 +354,8 @@ def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
         return writer
     if (path / PROGRESS).exists():
         progress = _read_json(path / PROGRESS)
-        _refuse_other_request(path, progress["request"], request)
+        found = _field(path / PROGRESS, progress, dict, "request")
+        _refuse_other_request(path / PROGRESS, found, request)
         writer = StageWriter(path, progress)
         writer._gather()
         for name, record in progress["files"].items():
@@ -351,14 +370,15 @@ def _open_writer(path: Path, request: dict[str, Any]) -> StageWriter:
 
 def _finished_writer(path: Path, request: dict[str, Any]) -> StageWriter:
     manifest = _read_json(path / MANIFEST)
-    _refuse_other_request(path, manifest, request)
+    _refuse_other_request(path / MANIFEST, manifest, request)
     Artefact.open(path, request["kind"])
     writer = StageWriter(path, {"request": request, "files": manifest["files"], "notes": {}})
     writer.finished = True
     return writer
 
 
-def _refuse_other_request(path: Path, found: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+def _refuse_other_request(file: Path, found: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    path = file.parent
     for part in ("format", "kind"):
         if found.get(part) != request[part]:
             raise MemdecError(
@@ -366,7 +386,7 @@ def _refuse_other_request(path: Path, found: Mapping[str, Any], request: Mapping
                 "choose another directory"
             )
     for part, what in (("inputs", "input"), ("params", "option")):
-        old, new = found.get(part, {}), request[part]
+        old, new = _field(file, found, dict, part, default={}), request[part]
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 before, now = _short(old.get(key)), _short(new.get(key))
@@ -404,6 +424,16 @@ def _check_size(path: Path, name: str, expected: int) -> None:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
+
+
+def _field(path: Path, found: Any, expected: type[T], *names: str, default: T | None = None) -> T:
+    """The value under `names` in what `path` holds, checked as :meth:`Artefact.field` says."""
+    for depth, name in enumerate(names):
+        if depth == len(names) - 1 and default is not None and name not in found:
+            return default
+        hint = expected if depth == len(names) - 1 else dict
+        found = convert(f"{path}: {'.'.join(names[: depth + 1])}", found[name], hint)
+    return found
 
 
 class _Record(dict[str, Any]):

@@ -150,7 +150,7 @@ def _check_offsets(store: TargetStore) -> Check:
     """Each shard's offsets rise from 0 to the number of its entries, a row for each position."""
     wrong = []
     rows = 0
-    for number in range(store.artefact.manifest["shards"]):
+    for number in range(store.artefact.field(int, "shards")):
         shard = store.shard(number)
         indptr = shard["indptr"]
         entries = {len(shard["token_ids"]), len(shard["probs"]), int(indptr[-1])}
@@ -173,7 +173,7 @@ def _check_widths(store: TargetStore) -> Check:
     """Each shard has a row for each position, of as many tokens as distances."""
     expected = f"{len(store)} rows of {store.k} neighbours"
     rows = 0
-    for number in range(store.artefact.manifest["shards"]):
+    for number in range(store.artefact.field(int, "shards")):
         shard = store.shard(number)
         shape = shard["tokens"].shape
         lengths = {len(array) for array in shard.values()}

@@ -105,8 +105,7 @@ def teacher_forced(
 
     stream = corpus.split(split, isolate_documents=datastore.isolate_documents)
     positions = min(positions, stream.positions)
-    dtype = datastore.artefact.manifest["params"]["dtype"]
-    model = load_model(model_name, device=datastore.device, dtype=dtype)
+    model = load_model(model_name, device=datastore.device, dtype=datastore.dtype)
     keys = []
     log_probs = []
     with (

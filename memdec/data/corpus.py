@@ -370,12 +370,12 @@ class TokenCorpus:
 
     @property
     def separator_id(self) -> int:
-        return int(self.artefact.manifest["separator_id"])
+        return self.artefact.field(int, "separator_id")
 
     @property
     def vocab_size(self) -> int:
         """One more than the tokenizer's highest token id."""
-        return int(self.artefact.manifest["vocab_size"])
+        return self.artefact.field(int, "vocab_size")
 
     def tokenizer(self) -> Any:
         """The tokenizer the corpus was made with; the artefact holds it whole."""
@@ -386,7 +386,7 @@ class TokenCorpus:
     def split(self, name: str, *, isolate_documents: bool = False) -> TokenStream:
         if name not in SPLITS:
             raise MemdecError(f"expected a split of {', '.join(SPLITS)}, got {name!r}")
-        shards = range(self.artefact.manifest["splits"][name]["shards"])
+        shards = range(self.artefact.field(int, "splits", name, "shards"))
         files = [self.artefact.file(shard_name(name, shard, ".npy")) for shard in shards]
         starts = [self.artefact.file(shard_name(name, shard, ".documents.npy")) for shard in shards]
         return TokenStream(

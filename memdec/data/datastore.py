@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch and transformers are slow to import, and --help needs
     from memdec.data.exact import ExactIndex, Found
     from memdec.data.faiss_index import FaissIndex
     from memdec.data.keys import ComputedKeys, Keys
+    from memdec.modeling.loading import Dtype
 
 KIND = "datastore"
 NEXT_TOKENS = "next_tokens.npy"
@@ -207,7 +208,7 @@ class Datastore:
 
     @property
     def keeps_keys(self) -> bool:
-        return bool(self.artefact.manifest["params"].get("keep_keys", True))
+        return self.artefact.field(bool, "params", "keep_keys", default=True)
 
     def with_keys_of(self, model: str | None, corpus: TokenCorpus) -> Datastore:
         """The datastore itself if it keeps its keys, else one whose keys the teacher computes.
@@ -231,7 +232,11 @@ class Datastore:
             tokens=corpus.artefact.path,
             device=self.device,
         )
-        shards = _shards(self.size, self.block_size, params["shard_positions"])
+        shards = _shards(
+            self.size,
+            self.block_size,
+            self.artefact.field(int, "params", "shard_positions"),
+        )
         return replace(self, computed=_computed_keys(config, corpus, shards))
 
     @property
@@ -241,25 +246,31 @@ class Datastore:
     @property
     def size(self) -> int:
         """Number of keys: one a train position."""
-        return int(self.artefact.manifest["size"])
+        return self.artefact.field(int, "size")
 
     @property
     def width(self) -> int:
-        return int(self.artefact.manifest["width"])
+        return self.artefact.field(int, "width")
 
     @property
     def block_size(self) -> int:
-        return int(self.artefact.manifest["params"]["block_size"])
+        return self.artefact.field(int, "params", "block_size")
+
+    @property
+    def dtype(self) -> Dtype:
+        """What the teacher computed in."""
+        found: Any = self.artefact.field(str, "params", "dtype")
+        return found
 
     @property
     def isolate_documents(self) -> bool:
         """Whether a key knows its own document only."""
-        return bool(self.artefact.manifest["params"].get("isolate_documents", False))
+        return self.artefact.field(bool, "params", "isolate_documents", default=False)
 
     @property
     def key_layer(self) -> str:
         """Name of the teacher's module whose input is the key."""
-        return str(self.artefact.manifest["key_layer"])
+        return self.artefact.field(str, "key_layer")
 
     @cached_property
     def next_tokens(self) -> np.ndarray:
@@ -338,7 +349,7 @@ class Datastore:
         from memdec.data.keys import StoredKeys
 
         if self.keeps_keys:
-            shards = self.artefact.manifest["shards"]
+            shards = self.artefact.field(int, "shards")
             return StoredKeys(_open_keys(self.artefact.path, shards))
         if self.computed is None:
             raise MemdecError(f"{self.artefact.path} keeps no keys: the teacher is needed for them")
@@ -350,8 +361,8 @@ class Datastore:
         from memdec.data.faiss_index import FaissIndex
         from memdec.data.index import EXACT
 
-        if self.artefact.manifest["index"] == EXACT:
-            shards = self.artefact.manifest["shards"]
+        if self.artefact.field(str, "index") == EXACT:
+            shards = self.artefact.field(int, "shards")
             return ExactIndex(_open_keys(self.artefact.path, shards), self.device)
-        nprobe = self.artefact.manifest["params"]["nprobe"]
+        nprobe = self.artefact.field(int, "params", "nprobe")
         return FaissIndex(self.artefact.file(INDEX), nprobe, self.device)

@@ -335,7 +335,7 @@ def _source(
             return NeighbourSource(knn, corpus.vocab_size, config.distance_dtype)
         return knn
     assert config.model is not None
-    dtype = config.dtype if store is None else store.artefact.manifest["params"]["dtype"]
+    dtype = config.dtype if store is None else store.dtype
     teacher = TeacherSource(
         load_model(config.model, device=pick_device(config.device), dtype=dtype),
         corpus.split("train", isolate_documents=config.isolate_documents),
@@ -397,7 +397,7 @@ class TargetStore:
 
     def __init__(self, artefact: Artefact) -> None:
         self.artefact = artefact
-        self._rows_a_shard = int(artefact.manifest["params"]["shard_rows"])
+        self._rows_a_shard = artefact.field(int, "params", "shard_rows")
         self._shards: dict[int, dict[str, np.ndarray]] = {}
 
     @classmethod
@@ -405,7 +405,7 @@ class TargetStore:
         return cls(Artefact.open(path, KIND))
 
     def __len__(self) -> int:
-        return int(self.artefact.manifest["rows"])
+        return self.artefact.field(int, "rows")
 
     @property
     def fingerprint(self) -> str:
@@ -414,12 +414,12 @@ class TargetStore:
     @property
     def block_size(self) -> int:
         """The context that the teacher had, and the memory is trained with."""
-        return int(self.artefact.manifest["block_size"])
+        return self.artefact.field(int, "block_size")
 
     @property
     def source(self) -> str:
         """What the distributions are of, as in :class:`TargetsConfig`."""
-        return str(self.artefact.manifest["params"].get("source", "knn"))
+        return self.artefact.field(str, "params", "source", default="knn")
 
     @property
     def keeps_neighbours(self) -> bool:
@@ -428,17 +428,17 @@ class TargetStore:
 
     @property
     def k(self) -> int:
-        return int(self.artefact.manifest["params"]["k"])
+        return self.artefact.field(int, "params", "k")
 
     @property
     def drop_same_context(self) -> int:
         """Tokens in which a neighbour's context had to differ; 0 where none was left out."""
-        return int(self.artefact.manifest["params"].get("drop_same_context", 0))
+        return self.artefact.field(int, "params", "drop_same_context", default=0)
 
     @property
     def temperature(self) -> float:
         """What divided the squared distances, given or chosen."""
-        return float(self.artefact.manifest["temperature"])
+        return self.artefact.field(float, "temperature")
 
     def gather(self, positions: np.ndarray, *, pin_memory: bool = False) -> TargetRows:
         """Rows of the given train positions, int64 [n], in that order; one copy for each run of them.

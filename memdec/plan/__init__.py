@@ -67,14 +67,14 @@ def make_plan(config: BuildConfig, out: Path) -> Plan:
 
 def count_tokens(config: Any, out: Path) -> Corpus:
     """Token counts of the finished stage prepare in `out`, or estimated from a sample of the text."""
-    from memdec.data.corpus import TokenCorpus, check_documents
+    from memdec.data.corpus import SPLITS, TokenCorpus, check_documents
     from memdec.data.documents import collect, read_corpus, read_dataset
     from memdec.modeling.loading import load_tokenizer
 
     if (out / "prepare" / MANIFEST).is_file():
-        splits = TokenCorpus.open(out / "prepare").artefact.manifest["splits"]
-        held_out = splits["validation"]["tokens"] + splits["test"]["tokens"]
-        return Corpus(splits["train"]["tokens"] - 1, held_out, 0, estimated=False)
+        made = TokenCorpus.open(out / "prepare").artefact
+        train, *others = (made.field(int, "splits", name, "tokens") for name in SPLITS)
+        return Corpus(train - 1, sum(others), 0, estimated=False)
     if config.corpus is not None:
         texts = read_corpus(config.corpus, config.documents, config.text_field)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,17 @@ def write_model(directory: Path) -> None:
     (directory / "config.json").write_text("{}")
     (directory / "inner").mkdir()
     (directory / "inner" / "weights.bin").write_bytes(b"weights")
+
+
+def change(path, place, value):
+    """Puts a value into the manifest by hand."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    *outer, last = place
+    within = manifest
+    for name in outer:
+        within = within[name]
+    within[last] = value
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_finished_stage_is_opened_with_its_manifest(tmp_path):
@@ -229,6 +241,48 @@ def test_another_format_version_and_a_broken_manifest_are_named(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(MemdecError, match=r"manifest\.json has no 'files'"):
         Artefact.open(tmp_path, "example")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("files",), [], "files must be a mapping, got []"),
+        (("files", "shards/part-0.bin"), 3, "files.shards/part-0.bin must be a mapping, got 3"),
+        (
+            ("files", "shards/part-0.bin", "bytes"),
+            "x",
+            "files.shards/part-0.bin.bytes must be an integer, got 'x'",
+        ),
+        (
+            ("files", "shards/part-0.bin", "sha256"),
+            5,
+            "files.shards/part-0.bin.sha256 must be text, got 5",
+        ),
+        (("params",), "none", "params must be a mapping, got 'none'"),
+        (("inputs",), None, "inputs must be a mapping, got None"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(tmp_path, place, value, message):
+    write_all(tmp_path)
+    change(tmp_path, place, value)
+    expected = re.escape(f"{tmp_path / 'manifest.json'}: {message}")
+    with pytest.raises(MemdecError, match=expected):
+        Artefact.open(tmp_path, "example")
+    with pytest.raises(MemdecError, match=expected):
+        write_all(tmp_path)
+
+
+def test_a_field_is_read_as_its_type_or_named(tmp_path):
+    write_all(tmp_path)
+    artefact = Artefact.open(tmp_path, "example")
+    assert artefact.field(float, "choice") == 0.25
+    assert artefact.field(int, "params", "missing", default=3) == 3
+    with pytest.raises(MemdecError, match=r"manifest\.json has no 'missing'"):
+        artefact.field(int, "missing")
+    with pytest.raises(MemdecError, match=r"manifest\.json: choice must be an integer, got 0\.25"):
+        artefact.field(int, "choice")
+    with pytest.raises(MemdecError, match=r"manifest\.json: choice must be a mapping, got 0\.25"):
+        artefact.field(int, "choice", "within")
 
 
 def test_files_that_changed_at_the_same_length_are_found(tmp_path):

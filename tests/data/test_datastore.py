@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -227,6 +228,27 @@ def test_nothing_written_tells_the_place(datastore_dir, tiny):
     for name, content in contents(datastore_dir).items():
         assert str(tiny).encode() not in content, name
     assert Artefact.open(datastore_dir, "datastore").manifest["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("read", "path", "kind"),
+    [
+        (lambda store: store.size, "size", "an integer"),
+        (lambda store: store.key_layer, "key_layer", "text"),
+        (lambda store: store.block_size, "params.block_size", "an integer"),
+        (lambda store: store.keys(0, 1), "shards", "an integer"),
+        (lambda store: store.keeps_keys, "params.keep_keys", "true or false"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_named(datastore_dir, tmp_path, read, path, kind):
+    shutil.copytree(datastore_dir, tmp_path / "edited")
+    file = tmp_path / "edited" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    *outer, last = path.split(".")
+    (manifest[outer[0]] if outer else manifest)[last] = [7]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(MemdecError, match=re.escape(f"{file}: {path} must be {kind}, got [7]")):
+        read(Datastore.open(tmp_path / "edited"))
 
 
 @pytest.mark.parametrize("name", ["block_size", "nprobe", "batch_blocks"])
