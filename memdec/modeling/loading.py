@@ -60,6 +60,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: Dtype | torch.dtype = "float32",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Loads a decoder-only model in evaluation mode.
 
@@ -68,6 +69,7 @@ def load_model(
             weights are dequantised; the result can be saved like any other model).
         device: where to put it, as :func:`pick_device` reads it.
         dtype: of the weights; ``"auto"`` keeps the dtype of the files.
+        attn_implementation: as transformers names it; None leaves the choice to the model.
 
     Raises:
         MemdecError: no such model, or not a decoder-only language model.
@@ -77,7 +79,11 @@ def load_model(
     with _quiet_unless_terminal(), _one_line_errors("model", name):
         _decoder_config(name, source, options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
+            source,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **options,
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers

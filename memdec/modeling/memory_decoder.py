@@ -162,6 +162,8 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
         base: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: Dtype | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        device_map: Any = None,
         config: MemoryDecoderConfig | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -174,29 +176,45 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             base: where the base is now, if it has moved.
             device: of both models, as :func:`memdec.modeling.loading.pick_device` reads it.
             dtype: of both models' weights; ``"auto"`` keeps those of the files.
+            attn_implementation: of both models, as transformers names it; None leaves the choice to
+                each.
+            device_map: the same as `device`, for callers who know transformers alone; also
+                ``{"": device}``.
             config: in place of the saved one.
             kwargs: what AutoModelForCausalLM passes on beside that, unless the caller asked for it.
 
         Raises:
             MemdecError: no such directory, no base where it should be, tokenizers that differ.
-            TypeError: an argument of transformers' own method that means nothing here.
+            TypeError: an argument of transformers' own method that means nothing here, or `device`
+                beside `device_map`.
+            ValueError: a `device_map` of several devices.
         """
         # The auto class leaves most of its own at None or False; 0 is a value that somebody gave.
         own = {"adapter_kwargs", *(name for name in kwargs if name.startswith("_"))}
         own |= {name for name, value in kwargs.items() if value is None or value is False}
         if asked := kwargs.keys() - own:
             raise TypeError(
-                "a base and memory are loaded with base, device and dtype, "
-                f"got {', '.join(sorted(asked))}"
+                "a base and memory are loaded with base, device or device_map, dtype and "
+                f"attn_implementation, got {', '.join(sorted(asked))}"
             )
+        if device_map is not None:
+            if device != "cpu":
+                raise TypeError("device and device_map are one argument, got both")
+            device = _one_device(device_map)
         directory = Path(directory)
         if not (directory / MEMORY).is_dir():
             raise MemdecError(f"expected a saved base and memory at {directory}, which is none")
         config = config or MemoryDecoderConfig.from_pretrained(directory)
         base = base or (directory / BASE if config.base_name is None else config.base_name)
+        # The auto class hands an attention over in the configuration. That of a pair says sdpa,
+        # which each model chooses by itself where it can.
+        if attn_implementation is None and config._attn_implementation != "sdpa":
+            attn_implementation = config._attn_implementation
+        options: Any = {"device": device, "dtype": dtype}
+        options["attn_implementation"] = attn_implementation
         model = cls.from_models(
-            load_model(base, device=device, dtype=dtype),
-            load_model(directory / MEMORY, device=device, dtype=dtype),
+            load_model(base, **options),
+            load_model(directory / MEMORY, **options),
             lmbda=_lmbda(config),
             tokenizer=_tokenizer_of(base),
             memory_tokenizer=_tokenizer_of(directory / MEMORY),
@@ -371,6 +389,23 @@ class MemoryDecoderForCausalLM(PreTrainedModel, GenerationMixin):
             caches.append(made.get(CACHE))
         if (pair := _paired(*caches)) is not None:  # None under the key would not mean no cache
             model_kwargs[CACHE] = pair
+
+
+def _one_device(device_map: Any) -> str | torch.device:
+    """The device that a device_map names for a whole model."""
+    named = device_map
+    if isinstance(named, dict) and len(named) == 1:
+        named = named.get("")
+    if isinstance(named, int) and not isinstance(named, bool):
+        named = f"cuda:{named}"
+    if isinstance(named, torch.device):
+        return named
+    if not isinstance(named, str) or named in ("balanced", "balanced_low_0", "sequential"):
+        raise ValueError(
+            "device_map must name one device for both models, such as 'auto' or 'cuda:0', "
+            f"got {device_map!r}"
+        )
+    return named
 
 
 def _lmbda(config: Any) -> Any:

@@ -601,9 +601,11 @@ def test_auto_classes_and_pipelines_know_a_saved_pair(saved_base: Path, tmp_path
     again.config.lmbda = 0.25
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", config=again.config)
     assert again.config.lmbda == 0.25
-    with pytest.raises(TypeError, match="base, device and dtype, got device_map"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map="auto")
-    with pytest.raises(TypeError, match="base, device and dtype, got lmbda"):
+    with pytest.raises(TypeError, match="attn_implementation, got revision, trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "pair", revision="main", trust_remote_code=True
+        )
+    with pytest.raises(TypeError, match="attn_implementation, got lmbda"):
         MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair", lmbda=0.0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pair")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
@@ -612,6 +614,49 @@ def test_auto_classes_and_pipelines_know_a_saved_pair(saved_base: Path, tmp_path
     [result] = write("w5 w9 w12", return_tensors=True, **options)
     ids = tokenizer("w5 w9 w12", return_tensors="pt").input_ids
     assert result["generated_token_ids"] == model.generate(ids, **options)[0].tolist()
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM, MemoryDecoderForCausalLM])
+def test_an_attention_that_is_asked_for_is_that_of_both(
+    saved_base: Path, tmp_path: Path, load: Any
+) -> None:
+    joint_of(saved_base).save_pretrained(tmp_path / "pair")
+    for name in ("eager", "sdpa", None):
+        found = load.from_pretrained(tmp_path / "pair", attn_implementation=name)
+        for model in (found.base, found.memory):
+            assert model.config._attn_implementation == (name or "sdpa")
+
+
+def test_a_pair_with_a_model_that_has_one_attention(tmp_path: Path) -> None:
+    """What the configuration of a pair says of attention is no wish of anybody's."""
+    pair("Llama", "Bloom").save_pretrained(tmp_path / "pair", save_base=True)
+    first = MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", config=first.config)
+    assert again.memory.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("place", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
+def test_a_device_map_of_one_device(saved_base: Path, tmp_path: Path, place: Any) -> None:
+    model, ids = joint_of(saved_base), prompt() % 50
+    model.save_pretrained(tmp_path / "pair")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map=place)
+    assert again.base.device == again.memory.device
+    torch.testing.assert_close(again(ids.to(again.device)).logits.cpu(), model(ids).logits)
+
+
+@pytest.mark.parametrize("place", ["balanced", {"base": 0, "memory": 1}, {"base": 0}])
+def test_a_device_map_of_several_devices_is_refused(
+    saved_base: Path, tmp_path: Path, place: Any
+) -> None:
+    joint_of(saved_base).save_pretrained(tmp_path / "pair")
+    with pytest.raises(ValueError, match="device_map must name one device for both models"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pair", device_map=place)
+
+
+def test_device_and_device_map_are_one_argument(saved_base: Path, tmp_path: Path) -> None:
+    joint_of(saved_base).save_pretrained(tmp_path / "pair")
+    with pytest.raises(TypeError, match="device and device_map are one argument"):
+        MemoryDecoderForCausalLM.from_pretrained(tmp_path / "pair", device="auto", device_map="cpu")
 
 
 def test_pipelines_take_a_pair_without_complaint(
