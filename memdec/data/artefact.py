@@ -191,6 +191,7 @@ class StageWriter:
             try:
                 temporary.mkdir(parents=True)
                 write(temporary)
+                sync_files(temporary)
                 shutil.rmtree(target, ignore_errors=True)  # left by a run killed before recording
                 os.replace(temporary, target)
             except BaseException:
@@ -470,6 +471,17 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def sync_files(directory: Path) -> None:
+    """Returns when the files lie on the disk: a name given afterwards is none of an empty file.
+
+    So it is after a power loss too.
+    """
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager

@@ -4,8 +4,9 @@ Total batch arithmetic: an optimizer step takes ``batch_blocks * gradient_accumu
 ``block_size`` tokens from each process; an epoch has ``ceil(blocks / that)`` steps. Loss and gradient
 of a step are the mean over its tokens, however they are spread over forward passes and processes.
 
-A checkpoint counts once its ``curve.json`` is there, which is written last. So a run that was killed
-goes on from the last whole checkpoint and, on the CPU, ends with the bytes of an undisturbed run.
+A checkpoint counts once its ``curve.json`` is there, which gets its name last, when all files have
+reached the disk. So a run that was killed goes on from the last whole checkpoint and, on the CPU, ends
+with the bytes of an undisturbed run.
 Of several processes all validate, so that none waits, and the main one decides and writes.
 """
 
@@ -34,7 +35,7 @@ from transformers import (
 from transformers.utils import logging
 
 from memdec.console import Progress
-from memdec.data.artefact import StageWriter, clear_disk_errors
+from memdec.data.artefact import StageWriter, clear_disk_errors, sync_files
 from memdec.data.corpus import TokenStream
 from memdec.errors import MemdecError
 from memdec.modeling.key_layer import find_blocks
@@ -285,6 +286,7 @@ class _Schedule(TrainerCallback):
             temporary = self.work / "best.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             self.model.save_pretrained(temporary, state_dict=weights)
+            sync_files(temporary)
             shutil.rmtree(self.best_weights(), ignore_errors=True)
             os.replace(temporary, self.best_weights())
 
@@ -312,6 +314,7 @@ class _Schedule(TrainerCallback):
         marker = self.work / f"checkpoint-{state.global_step}" / CURVE
         temporary = marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.curve))
+        sync_files(marker.parent)
         os.replace(temporary, marker)
         # What came before goes now, and not by Trainer's limit, which trusts a clock that may jump.
         kept = {marker.parent, self.best_weights()}

@@ -68,6 +68,33 @@ def test_a_clock_that_jumps_back_costs_no_checkpoint(config, adapted, tmp_path, 
     assert contents(tmp_path / "adapt").keys() == contents(adapted).keys()
 
 
+def test_what_gets_its_name_lies_on_the_disk(config, tmp_path, monkeypatch):
+    """After a power loss a file may be empty that was renamed before it was written back."""
+    fsync, replace = os.fsync, os.replace
+    written, named = {}, set()
+
+    def remember(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        written[status.st_ino] = status.st_mtime_ns, status.st_size
+
+    def check(source, target):
+        # The last file of a checkpoint stands for all of them.
+        whole = source.parent if "checkpoint-" in source.parent.name else source
+        for path in whole.rglob("*") if whole.is_dir() else [whole]:
+            if path.is_file():
+                status = path.stat()
+                found = written.get(status.st_ino)
+                assert found == (status.st_mtime_ns, status.st_size), path
+        replace(source, target)
+        named.add(target.parent.name.partition("-")[0] if whole == source.parent else target.name)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(os, "replace", check)
+    adapt(config, tmp_path / "adapt")
+    assert {"checkpoint", "best-0", "model", "manifest.json"} <= named
+
+
 def test_the_train_loss_of_the_curve_is_a_mean_over_tokens(adapted):
     """An accumulated step counts tokens, not batches: the first losses are near log(vocabulary)."""
     curve = json.loads((adapted / "curve.json").read_text())
