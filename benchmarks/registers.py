@@ -59,6 +59,10 @@ def main() -> None:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", version)
     print("# The compiler's report\n")
+    print(
+        "For whoever changes a CUDA kernel ([kernels.md](kernels.md)): what registers and shared memory"
+    )
+    print("each takes, and what it spills.\n")
     print(f"nvcc {release[1] if release else '?'}, {ARCH}, by `python benchmarks/registers.py`.\n")
     print("| file | kernel | registers | bytes spilled, stored / loaded | static shared bytes |")
     print("|---|---|---|---|---|")

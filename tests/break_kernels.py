@@ -181,6 +181,7 @@ def main() -> int:
             print(rows[-1], file=sys.stderr, flush=True)
             path.write_text(source)
     print("# Kernels broken on purpose\n")
+    print("For whoever changes a kernel or its tests: which test notices which mistake.\n")
     print(
         "Each CPU kernel was broken in one place, built, and put back; the last column is the first"
     )

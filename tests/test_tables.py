@@ -30,6 +30,7 @@ PAGES = {
         [path for path in (GCIDE / "results").glob("h*.json") if "marks" not in path.name],
     ),
     "gcide-more.md": (GCIDE / "part_tables.py", [GCIDE / "results" / "parts.json"]),
+    "wordnet.md": (WORDNET.parent / "table.py", list(WORDNET.glob("nvidia-*.json"))),
     "tutorial.md": (ROOT / "examples" / "table.py", [WORDNET / "two-cores.json"]),
 }
 

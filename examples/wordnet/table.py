@@ -1,6 +1,6 @@
-"""Prints the table of docs/wordnet.md from a committed result.
+"""Prints the tables of docs/wordnet.md from the committed results.
 
-    python examples/wordnet/table.py examples/wordnet/results/*.json
+    python examples/wordnet/table.py examples/wordnet/results/nvidia-*.json
 
 A result holds a build's ``eval/eval.json`` under "eval", the seconds of its stages, and the machine.
 """
