@@ -69,7 +69,10 @@ def train_with(gpus: list[int], index: Any, lists: Any | None, sample: np.ndarra
     faiss = load_faiss()
     if gpus and lists is not None:
         try:
-            lists.clustering_index = _on_gpu(faiss.IndexFlatL2(lists.d), gpus[0])
+            helper = _on_gpu(faiss.IndexFlatL2(lists.d), gpus[0])
+            lists.clustering_index = helper
+            # FAISS took it over and never frees it, nor the memory that was set aside for it.
+            helper.thisown = True
             index.train(sample)
             return
         except RuntimeError as error:

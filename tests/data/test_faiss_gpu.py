@@ -13,8 +13,9 @@ import torch
 from memdec import console
 from memdec.data.build_index import build_faiss, write_faiss
 from memdec.data.exact import ExactIndex
-from memdec.data.faiss_gpu import gpus_of, takes, visible_gpus
+from memdec.data.faiss_gpu import gpus_of, takes, train_with, visible_gpus
 from memdec.data.faiss_index import FaissIndex
+from memdec.data.index import make_index
 from memdec.data.keys import StoredKeys
 from memdec.processes import join_processes
 
@@ -187,6 +188,22 @@ def test_an_index_built_with_a_gpu_is_the_same(spec, full, gpus, capsys):
     assert build(spec, keys, "cuda:1") == expected
     assert [gpu for gpu, _ in made.copied] == [1, 1]  # for the clustering, and for adding
     assert capsys.readouterr().err.count("not on a GPU: out of memory") == (2 if full else 0)
+
+
+def test_what_helped_with_clustering_is_freed(monkeypatch):
+    """FAISS takes what it is given to cluster with from Python, and never frees it."""
+    helpers = []
+
+    def copy(index, gpu):
+        helpers.append(index)
+        return index
+
+    monkeypatch.setattr("memdec.data.faiss_gpu._on_gpu", copy)
+    index = make_index("IVF8,SQfp16", WIDTH)
+    train_with([0], index, index, make_keys(400).astype(np.float32))
+    assert index.is_trained
+    assert index.clustering_index is None
+    assert [helper.thisown for helper in helpers] == [True]
 
 
 def test_adding_goes_on_where_the_gpu_gave_up(gpus, monkeypatch, capsys):
