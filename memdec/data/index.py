@@ -109,6 +109,11 @@ def reason(error: RuntimeError) -> str:
     return str(error).rsplit(":", 1)[-1].strip()
 
 
+def product_quantiser(index: Any) -> Any | None:
+    """What makes an index's codes of codewords of parts of a key; None where they are others."""
+    return getattr(_without_transform(index), "pq", None)
+
+
 def load_faiss() -> ModuleType:
     try:
         import faiss

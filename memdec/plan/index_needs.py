@@ -7,6 +7,7 @@ fits beside what else the stage keeps there; else the CPU does it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from memdec.console import show_bytes
 from memdec.plan.machine import Machine
@@ -65,13 +66,13 @@ class IndexNeeds:
         return 0 if self.exact else index_cost(self.spec, self.size, self.width)[0]
 
     def to_build(self, beside: int) -> IndexNeed:
-        """Clustering a sample, choosing each key's list, adding it there and writing the file.
+        """Clustering a sample, choosing each key's list, coding it there and writing the file.
 
         Args:
             beside: what else a GPU holds.
         """
         from memdec.data.build_index import training_keys
-        from memdec.data.index import index_cost, make_index, plain_lists
+        from memdec.data.index import index_cost, make_index, plain_lists, product_quantiser
 
         if self.exact:
             return IndexNeed(0.0)
@@ -82,7 +83,10 @@ class IndexNeeds:
         operations = 2 * (_ROUNDS * sample + self.size) * lists * self.width
         device = _WORKSPACE + 4 * lists * self.width
         handled = 2 * self.size * self.width / _ADDED_A_SECOND + self.bytes / _WRITTEN_A_SECOND
-        helped = plain_lists(make_index(self.spec, self.width)) is not None
+        index = make_index(self.spec, self.width)
+        if (quantiser := product_quantiser(index)) is not None:
+            handled += self._seconds(_coding(quantiser, sample, self.size), gpus=0)
+        helped = plain_lists(index) is not None
         if self.machine.faiss_gpus and helped and self._fits(device + beside):
             return IndexNeed(self._seconds(operations, gpus=1) + handled, host, device)
         return IndexNeed(self._seconds(operations, gpus=0) + handled, host)
@@ -148,3 +152,14 @@ class IndexNeeds:
         rates = self.machine.rates
         who, rate = ("cuda", gpus * rates["float32"]) if gpus else ("cpu", rates["host"])
         return (products + _IN_LISTS[who] * in_lists) / (_REACHED[who] * rate)
+
+
+def _coding(quantiser: Any, sample: int, size: int) -> float:
+    """Operations of a product quantiser that finds its codewords in a sample and codes `size` keys.
+
+    Each part of a key is compared with all its codewords: as much work as a product of the whole key
+    with so many vectors. What FAISS trains on and how often is the quantiser's own.
+    """
+    clustering, codewords = quantiser.cp, quantiser.ksub
+    trained = min(sample, clustering.max_points_per_centroid * codewords)
+    return 2.0 * quantiser.d * codewords * (clustering.niter * trained + size)

@@ -24,6 +24,8 @@ _CUDA_RESERVE = 1 << 30  # of the host, for a process that uses a GPU
 # The share of the matrix product's rate that forward and training reach, by device.
 _REACHED = {"cpu": (0.8, 0.75), "cuda": (0.16, 0.12)}
 _CHARACTERS_A_SECOND = 2e6  # that a tokenizer reads
+# Values a token and unit of width that a forward pass holds: 14.6 in benchmarks/results/*-teacher.json.
+_HELD = 15
 _BYTES_A_SCORE = 10  # of the teacher: the logit in bfloat16, in float32, and its exponential
 
 
@@ -88,11 +90,12 @@ class _Estimator:
         self.forward, self.training = _REACHED[machine.device]
         train: Any = steps["train"].config
         targets: Any = steps["targets"].config
-        self.student = self.teacher
+        # What the memory begins as, which is read whole before some of its layers are kept.
+        self.initial = self.student = self.teacher
         if train.memory_init in ("teacher", "fresh"):
             self.student = self.teacher.of_layers(train.memory_layers, in_layers)
         else:
-            self.student = _shape(train.memory_init)[0]
+            self.initial = self.student = _shape(train.memory_init)[0]
         store: Any = steps["datastore"].config if "datastore" in steps else None
         self.store = store
         self.k: int = targets.k
@@ -131,7 +134,12 @@ class _Estimator:
         return self.adapt(config, "control")
 
     def train(self, config: Any) -> Need:
-        return self._trained("train", self.student, config, self.block_size)
+        need = self._trained("train", self.student, config, self.block_size)
+        if self.student is self.initial:
+            return need
+        both = 4 * (self.initial.parameters + self.student.parameters)  # before the one is let go
+        made = self._need("train", 0, host=both, device=0, seconds=0.0)
+        return replace(need, memory=max(need.memory, made.memory))
 
     def datastore(self, config: Any) -> Need:
         size, width = self.corpus.train, self.teacher.width
@@ -249,7 +257,7 @@ class _Estimator:
     def _forward_bytes(self, model: Shape, dtype: str, tokens: int, logits: int) -> int:
         bytes_a_weight = 4 if dtype == "float32" else 2
         return bytes_a_weight * (
-            model.parameters + 12 * tokens * model.width + 2 * logits * model.vocabulary
+            model.parameters + _HELD * tokens * model.width + 2 * logits * model.vocabulary
         )
 
     def _forward_seconds(self, model: Shape, tokens: int, dtype: str) -> float:

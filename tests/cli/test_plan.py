@@ -129,6 +129,15 @@ def test_a_memory_of_fewer_layers(tiny, layers):
     )
 
 
+def test_a_memory_is_cut_from_a_model_that_was_read_whole(tiny):
+    """On a GPU, whose host holds weights alone, the model and its part are there at once."""
+    shape, in_layers = _shape(tiny.model)
+    of_one = shape.of_layers(1, in_layers).parameters
+    cut = needs(tiny, "train.memory_layers=1", machine=GPU)["train"].memory
+    whole = needs(tiny, machine=GPU)["train"].memory
+    assert cut - whole == 4 * of_one > 0
+
+
 def test_a_shape_has_no_weights(tiny):
     assert {weight.device for weight in load_shape(tiny.model).parameters()} == {
         torch.device("meta")
