@@ -429,12 +429,13 @@ def _as_json(value: Any) -> Any:
 
 def _field(path: Path, found: Any, expected: type[T], *names: str, default: T | None = None) -> T:
     """The value under `names` in what `path` holds, checked as :meth:`Artefact.field` says."""
-    for depth, name in enumerate(names):
-        if depth == len(names) - 1 and default is not None and name not in found:
-            return default
-        hint = expected if depth == len(names) - 1 else dict
-        found = convert(f"{path}: {'.'.join(names[: depth + 1])}", found[name], hint)
-    return found
+    *outer, last = names
+    for depth, name in enumerate(outer, 1):
+        found = convert(f"{path}: {'.'.join(outer[:depth])}", found[name], dict)
+    if default is not None and last not in found:
+        return default
+    value: T = convert(f"{path}: {'.'.join(names)}", found[last], expected)
+    return value
 
 
 class _Record(dict[str, Any]):
